@@ -1,0 +1,269 @@
+"""Every knob of the project: frozen models, read from TOML and written back to it.
+
+One model per part of the network; a part takes its own config and nothing wider. Defaults < file < ``--set``.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Config(BaseModel):
+    """What all configs share: frozen, no unknown keys, no silent conversions between kinds of value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def swiglu_width(width: int) -> int:
+    """The released models' feed-forward width: 2/3 of 4 x width, rounded up to a multiple of 256.
+
+    >>> [swiglu_width(width) for width in (768, 1024, 1280, 2048, 4096)]
+    [2048, 2816, 3584, 5632, 11008]
+    """
+    return -(-(8 * width // 3) // 256) * 256
+
+
+C = TypeVar("C", bound=Config)
+
+
+class TransformerConfig(Config):
+    """A stack of pre-norm blocks: self-attention with rotary positions, then SwiGLU."""
+
+    num_layers: int = Field(ge=1)
+    width: int = Field(ge=2)
+    num_heads: int = Field(ge=1)
+    ffn_width: int = Field(default_factory=lambda data: swiglu_width(data.get("width", 0)), ge=1)
+    rope_theta: float = Field(500_000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    window_positions: int | None = Field(None, ge=1)  # keys one query sees, itself included; absent: all before it
+
+    @model_validator(mode="after")
+    def heads_have_an_even_width(self) -> Self:
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width {self.width} does not split into {self.num_heads} heads of an even width")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+class LocalConfig(TransformerConfig):
+    """A byte-level stack. Its cross-attention has as many heads as its self-attention (3.2.2, 3.3.1)."""
+
+    window_positions: int | None = Field(512, ge=1)
+
+
+class EntropyModelConfig(LocalConfig):
+    """The small byte transformer that tells how hard the next byte is (2.3, 4.2)."""
+
+    rope_theta: float = Field(10_000.0, gt=0)
+    reset_at_newline: bool = False  # a newline opens a fresh context, so repetition cannot wear entropies down (4.4)
+
+
+class PatchingConfig(Config):
+    """Where patches begin (section 2)."""
+
+    rule: Literal["entropy", "entropy_rise", "space", "fixed"] = "entropy"
+    threshold_nats: float | None = None  # entropy, entropy_rise: absent until calibrated
+    patch_bytes: int | None = Field(None, ge=1)  # fixed: the length of every patch
+    max_patch_bytes: int | None = Field(None, ge=1)  # longer patches are split; absent: no limit
+
+    @model_validator(mode="after")
+    def rule_has_what_it_needs(self) -> Self:
+        if (self.rule == "fixed") != (self.patch_bytes is not None):
+            raise ValueError("patch_bytes belongs to rule 'fixed', and 'fixed' needs it")
+        if not self.uses_entropies and self.threshold_nats is not None:
+            raise ValueError(f"threshold_nats does not apply to rule {self.rule!r}")
+        return self
+
+    @property
+    def uses_entropies(self) -> bool:
+        return self.rule in ("entropy", "entropy_rise")
+
+
+class HashEmbeddingsConfig(Config):
+    """Hashed byte n-grams, summed onto the byte embedding (3.2.1)."""
+
+    ngram_bytes: tuple[int, ...] = Field((3, 4, 5, 6, 7, 8), min_length=1, strict=False)
+    num_functions: int = Field(1, ge=1, le=11)
+    table_rows: int = Field(500_002, ge=1)  # of each function and n-gram size
+
+    @model_validator(mode="after")
+    def sizes_are_ngrams(self) -> Self:
+        if min(self.ngram_bytes) < 1 or len(set(self.ngram_bytes)) != len(self.ngram_bytes):
+            raise ValueError(f"ngram_bytes must be different sizes of at least 1, got {list(self.ngram_bytes)}")
+        return self
+
+    @property
+    def num_tables(self) -> int:
+        return self.num_functions * len(self.ngram_bytes)
+
+
+class ModelConfig(Config):
+    """A whole BLT: the entropy model (absent for rules that need none), the patching, the three networks."""
+
+    entropy_model: EntropyModelConfig | None = None
+    patching: PatchingConfig = PatchingConfig()
+    hash_embeddings: HashEmbeddingsConfig = HashEmbeddingsConfig()
+    local_encoder: LocalConfig
+    latent: TransformerConfig
+    local_decoder: LocalConfig
+    slots_per_patch: int = Field(2, ge=1)  # query vectors per patch in the encoder, key vectors in the decoder (k)
+    max_bytes: int = Field(24_576, ge=2)  # positions of a row, BOS included
+
+    @model_validator(mode="after")
+    def parts_fit_together(self) -> Self:
+        if self.local_encoder.width != self.local_decoder.width:
+            raise ValueError(
+                f"local_encoder.width {self.local_encoder.width} must equal local_decoder.width "
+                f"{self.local_decoder.width}: the decoder starts from the encoder's byte states (3.3)"
+            )
+        if self.patching.uses_entropies and self.entropy_model is None:
+            raise ValueError(f"patching rule {self.patching.rule!r} needs [model.entropy_model]")
+        return self
+
+
+class CorpusConfig(Config):
+    """Which documents are read, and which of them are held out."""
+
+    paths: tuple[str, ...] = Field(("stdlib",), min_length=1, strict=False)
+    raw: bool = False  # every file is one document of bytes, whatever its name
+    held_out_fraction: float = Field(0.03, gt=0, lt=1)  # of documents, chosen by a hash of their content
+
+
+class CalibrationConfig(Config):
+    """How the patching threshold is found once the entropy model is trained."""
+
+    target_patch_bytes: float = Field(4.5, gt=1)
+    sample_bytes: int = Field(400_000, ge=1000)  # of training text
+
+
+class TrainingConfig(Config):
+    """One optimisation run, of the entropy model or of the network. Sizes are counted in bytes, never in time."""
+
+    total_bytes: int = Field(ge=1)  # positions trained on; the schedule spans them
+    row_bytes: int = Field(512, ge=4)
+    rows_per_step: int = Field(8, ge=1)
+    micro_batches: int = Field(1, ge=1)  # gradient accumulation: a step's rows in this many passes
+    learning_rate: float = Field(4e-4, gt=0)
+    table_learning_rate: float | None = Field(None, gt=0)  # of byte and hash embeddings; absent: as all others
+    schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
+    warmup_steps: int = Field(50, ge=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1)  # warmup_stable_decay: the last part, a straight line to 0
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # not on norms, embeddings and tables
+    clip_norm: float = Field(1.0, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: the faster one here
+    seed: int = 0
+    steps_per_report: int = Field(20, ge=1)
+    steps_per_save: int = Field(200, ge=1)
+    steps_per_evaluation: int = Field(200, ge=1)
+    evaluation_bytes: int = Field(65_536, ge=1)  # held-out text in each evaluation
+
+    @model_validator(mode="after")
+    def micro_batches_are_whole(self) -> Self:
+        if self.rows_per_step % self.micro_batches:
+            raise ValueError(f"rows_per_step {self.rows_per_step} does not split into {self.micro_batches} micro_batches")
+        return self
+
+    @property
+    def bytes_per_step(self) -> int:
+        return self.row_bytes * self.rows_per_step
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.total_bytes // self.bytes_per_step)
+
+
+class RunConfig(Config):
+    """Everything ``blt train`` needs; RUN/config.toml is one, enough to start the run again."""
+
+    data: CorpusConfig = CorpusConfig()
+    model: ModelConfig
+    pretrained_entropy_model: str | None = None  # any MODEL whose entropy model is taken as it is, instead of training
+    entropy_training: TrainingConfig | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def entropy_model_is_trained(self) -> Self:
+        sources = (self.entropy_training is not None) + (self.pretrained_entropy_model is not None)
+        if sources != (self.model.entropy_model is not None):
+            raise ValueError(
+                "a [model.entropy_model] needs either [entropy_training] or pretrained_entropy_model; without one, neither"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package, by name."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _preset_folder().iterdir())
+
+
+def read_run_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """A run config from a TOML file or a preset's name; ``overrides`` are ``section.key=value`` in TOML's notation.
+
+    Raises ValueError naming the file and the key, FileNotFoundError for a missing file.
+    """
+    path = Path(source)
+    if not path.is_file():
+        preset = _preset_folder() / f"{source}.toml"
+        if not preset.is_file():
+            raise FileNotFoundError(f"no config file {source}; give a .toml file or a preset: {', '.join(preset_names())}")
+        text = preset.read_text("utf-8")
+    else:
+        text = path.read_text("utf-8")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{source} is not TOML: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return validated(RunConfig, values, str(source))
+
+
+def validated(kind: type[C], values: dict[str, Any], origin: str) -> C:
+    """``values`` as a config of this kind; a ValueError that names ``origin`` and every key at fault."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "the whole file"
+            unknown = problem["type"] == "extra_forbidden"
+            problems.append(f"{key}: {'unknown key' if unknown else problem['msg'].removeprefix('Value error, ')}")
+        raise ValueError(f"{origin}: " + "; ".join(problems)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The config as TOML, absent values left out; ``read_run_config`` reads it back equal."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set wants section.key=value, got {override!r}")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {section} is not a section")
+    if text.strip().lower() == "none":
+        values.pop(name, None)
+        return
+    try:
+        values[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[name] = text  # a bare word is a string
+
+
+def _preset_folder() -> Any:
+    return resources.files("blt") / "configs"

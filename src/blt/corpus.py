@@ -1,0 +1,392 @@
+"""Files -> documents -> memory-mapped byte shards -> resumable batches of byte ids.
+
+``read_documents`` finds the documents, ``build_shards`` writes them end to end once, split into train and held out;
+training reads rows of ids out of a shard, in an order that only the seed decides.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import shutil
+import sysconfig
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, as_bytes
+from blt.shapes import ByteIds
+
+Split = Literal["train", "held_out"]
+
+STDLIB = "stdlib"
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_COMPRESSED = {".gz", ".xz", ".zst"}
+_NOT_TEXT = {".pyc", ".so", ".zip", ".tar", ".tgz", ".png", ".jpg", ".gif", ".pdf", ".npy", ".pth", ".safetensors"}
+_SNIFFED_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus; ``name`` tells a person where it came from."""
+
+    name: str
+    data: bytes
+
+
+def read_documents(paths: Sequence[str | Path], raw: bool = False) -> Iterator[Document]:
+    """The documents of files and folders, in the order given; ``stdlib`` means this interpreter's library sources.
+
+    A .jsonl or .parquet file holds one document per row, in field or column ``text``; any other file is one document of
+    its bytes, in whatever encoding; each may be compressed (.gz, .xz, .zst). ``raw`` takes every file as one document,
+    as it lies on disk. A folder is read recursively in sorted order, without hidden entries, links to folders and,
+    unless ``raw``, files that are not text. (A folder that is itself called stdlib: ``./stdlib``.)
+
+    Raises FileNotFoundError before anything is read, ValueError naming the file that cannot be read.
+    """
+    for path in paths:
+        if str(path) != STDLIB and not Path(path).exists():
+            raise FileNotFoundError(f"no file or folder {path}; check it, or give {STDLIB!r} for Python's own library")
+    for path in paths:
+        if str(path) == STDLIB:
+            folder = Path(sysconfig.get_paths()["stdlib"])
+            sources = (file for file in _files_below(folder, _NOT_STDLIB) if file.suffix == ".py")
+            yield from _documents_of_folder(folder, sources, raw)
+        elif Path(path).is_dir():
+            yield from _documents_of_folder(Path(path), _files_below(Path(path), set()), raw)
+        else:
+            yield from _documents_of_file(Path(path), raw, text_only=False)
+
+
+def _files_below(folder: Path, skipped_folders: set[str]) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_file():
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink() and entry.name not in skipped_folders:
+            yield from _files_below(entry, skipped_folders)
+
+
+def _documents_of_folder(folder: Path, files: Iterable[Path], raw: bool) -> Iterator[Document]:
+    empty = True
+    for file in files:
+        for document in _documents_of_file(file, raw, text_only=not raw):
+            empty = False
+            yield document
+    if empty:
+        raise ValueError(f"nothing to read in folder {folder}; give one with text in it, or --raw to read any file")
+
+
+def _documents_of_file(path: Path, raw: bool, text_only: bool) -> Iterator[Document]:
+    if raw:
+        yield Document(str(path), path.read_bytes())
+        return
+    compression = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
+    kind = (Path(path.stem) if compression else path).suffix.lower()
+    if text_only and kind in _NOT_TEXT:
+        return
+    try:
+        with _open_stream(path, compression) as stream:
+            if kind == ".jsonl":
+                yield from _jsonl_documents(path, stream)
+            elif kind == ".parquet":  # its reader jumps about, which compressed streams do badly
+                yield from _parquet_documents(path, io.BytesIO(stream.read()) if compression else stream)
+            else:
+                head = stream.read(_SNIFFED_BYTES)
+                if not (text_only and b"\0" in head):
+                    yield Document(str(path), head + stream.read())
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's trouble, not the file's: the decompressors raise OSError without a number
+        raise ValueError(f"{path} is damaged, or not what its name says: {error}; replace it or leave it out") from None
+
+
+def _open_stream(path: Path, compression: str) -> io.BufferedIOBase:
+    if compression == ".gz":
+        return gzip.open(path)
+    if compression == ".xz":
+        return lzma.open(path)
+    if compression == ".zst":  # by pyarrow: the zstandard package takes a truncated file for a whole one
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _jsonl_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8", "surrogateescape"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; mend it, or read bytes with --raw") from None
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number} has no string "text"; give it one, or read bytes with --raw')
+        try:
+            data = as_bytes(text)
+        except UnicodeEncodeError:  # half a surrogate pair, written as an escape: no raw byte stands behind it
+            data = text.encode("utf-8", "surrogatepass")
+        yield Document(f"{path}:{number}", data)
+
+
+def _parquet_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document]:
+    with pq.ParquetFile(stream) as file:
+        columns = file.schema_arrow.names
+        if "text" not in columns:
+            raise ValueError(f"{path} has no column 'text', only {', '.join(columns)}; rename the one with the text")
+        batches = file.iter_batches(batch_size=1024, columns=["text"])
+        texts = (text for batch in batches for text in batch.column(0).cast(pa.large_binary()).to_pylist())
+        for number, text in enumerate(texts, 1):
+            yield Document(f"{path}:{number}", text or b"")  # a null is an empty document
+
+
+def is_held_out(data: bytes, fraction: float) -> bool:
+    """Whether a document with this content is held out: a hash decides, so copies of it all fall on the same side.
+
+    >>> [is_held_out(data, fraction=0.5) for data in (b"a", b"b", b"c", b"d", b"a")]
+    [True, False, True, False, True]
+    """
+    return int.from_bytes(blake2b(data, digest_size=8).digest()) < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What ``build_shards`` wrote; kept as summary.json beside the shards."""
+
+    fingerprint: str  # of every document's content, their order, and the held-out fraction
+    documents: dict[str, int]  # by split
+    bytes: dict[str, int]  # by split
+    empty_skipped: int
+
+
+class _SplitWriter:
+    """Appends documents to an open file and remembers where each begins."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.file = file
+        self.offsets = array("q", [0])
+
+    def add(self, data: bytes) -> None:
+        self.file.write(data)
+        self.offsets.append(self.offsets[-1] + len(data))
+
+
+def build_shards(documents: Iterable[Document], folder: Path, held_out_fraction: float) -> CorpusSummary:
+    """Write the documents to ``folder`` as two shards, train and held_out; read them with ``open_shard``.
+
+    Both splits hold something: where the hash leaves one empty (a corpus of few documents), the last document goes to
+    train except for its final ``held_out_fraction`` of bytes, at least one, which become a held-out document.
+
+    Documents pass through one at a time. All is written to ``folder.partial`` and renamed at the end, so a build that
+    was killed is never taken for a whole one; a corpus already in ``folder`` is replaced, anything else there refused.
+    """
+    if folder.exists() and not (folder / "summary.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no corpus; give another folder, or empty this one")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    fingerprint = blake2b(repr(held_out_fraction).encode(), digest_size=16)
+    empty_skipped = 0
+    newest: bytes | None = None  # written one document late, when it is known whether it is the last
+    with (partial / "train.bin").open("wb") as train_file, (partial / "held_out.bin").open("wb") as held_out_file:
+        writers = {"train": _SplitWriter(train_file), "held_out": _SplitWriter(held_out_file)}
+        for document in documents:
+            if not document.data:
+                empty_skipped += 1
+                continue
+            fingerprint.update(len(document.data).to_bytes(8))
+            fingerprint.update(document.data)
+            if newest is not None:
+                writers["held_out" if is_held_out(newest, held_out_fraction) else "train"].add(newest)
+            newest = document.data
+        if newest is None:
+            raise ValueError(f"the corpus has no bytes ({empty_skipped} empty documents); give --data with text in it")
+        _add_last(newest, writers["train"], writers["held_out"], held_out_fraction)
+
+    for split, writer in writers.items():
+        np.save(partial / f"{split}.index.npy", np.array(writer.offsets, dtype=np.int64))
+    summary = CorpusSummary(
+        fingerprint=fingerprint.hexdigest(),
+        documents={split: len(writer.offsets) - 1 for split, writer in writers.items()},
+        bytes={split: writer.offsets[-1] for split, writer in writers.items()},
+        empty_skipped=empty_skipped,
+    )
+    (partial / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+    return summary
+
+
+def _add_last(data: bytes, train: _SplitWriter, held_out: _SplitWriter, held_out_fraction: float) -> None:
+    chosen, other = (held_out, train) if is_held_out(data, held_out_fraction) else (train, held_out)
+    if other.offsets[-1]:
+        chosen.add(data)
+        return
+    train_bytes = len(data) - max(1, int(len(data) * held_out_fraction))
+    if train_bytes:
+        train.add(data[:train_bytes])
+    elif not train.offsets[-1]:
+        raise ValueError("the corpus is too small to hold anything out; give more text")
+    held_out.add(data[train_bytes:])
+
+
+@dataclass(frozen=True)
+class ByteShard:
+    """The documents of one split, end to end, memory-mapped."""
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]  # where each document begins in ``data``, and at last where the data ends
+    split: Split
+    fingerprint: str  # of the corpus
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+    def document(self, index: int) -> bytes:
+        """The content of one document."""
+        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    def sample(self, total_bytes: int, seed: int) -> list[bytes]:
+        """Random documents until ``total_bytes`` are reached, the last one cut; all documents, where they have less."""
+        chosen: list[bytes] = []
+        for index in np.random.default_rng(seed).permutation(self.num_documents).tolist():
+            if total_bytes <= 0:
+                break
+            chosen.append(self.document(index)[:total_bytes])
+            total_bytes -= len(chosen[-1])
+        return chosen
+
+
+def open_shard(folder: Path, split: Split) -> ByteShard:
+    """One split of the corpus in ``folder``, mapped, not read.
+
+    Raises FileNotFoundError for a missing file, ValueError for files that do not belong together.
+    """
+    way_out = f"delete {folder} and build the corpus again"
+    bytes_path, index_path = folder / f"{split}.bin", folder / f"{split}.index.npy"
+    try:
+        summary = CorpusSummary(**json.loads((folder / "summary.json").read_text()))
+        offsets = np.load(index_path, mmap_mode="r")
+        num_bytes, num_documents = summary.bytes[split], summary.documents[split]
+        if not bytes_path.stat().st_size == offsets[-1] == num_bytes or len(offsets) != num_documents + 1:
+            raise ValueError(f"{bytes_path}, {index_path.name} and summary.json do not belong together")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} is missing; {way_out}") from None
+    except (ValueError, EOFError, TypeError, LookupError) as error:
+        raise ValueError(f"the {split} shard in {folder} is damaged ({error}); {way_out}") from None
+    return ByteShard(np.memmap(bytes_path, dtype=np.uint8, mode="r"), offsets, split, summary.fingerprint)
+
+
+def num_rows(shard: ByteShard, row_bytes: int) -> int:
+    """How many rows of ``row_bytes`` ids tile the shard's stream."""
+    return -(-_stream_start(shard, shard.num_documents) // row_bytes)
+
+
+def row_ids(shard: ByteShard, row_index: int, row_bytes: int) -> NDArray[np.int64]:
+    """One row of ``row_bytes + 1`` ids, BOS first: its inputs are all but the last, its targets all but the first.
+
+    The shard is one stream of ids, BOS bytes EOS of each document in turn, and rows tile it: row r holds the ids from
+    r * row_bytes on, behind a BOS, as in a prompt. Where the first of them is a document's own BOS, that is enough and
+    the row has an id less. BOE fills a row's end and is nobody's target: over all rows, every byte and EOS is one once.
+
+    >>> shard = ByteShard(np.frombuffer(b"abc", np.uint8), np.array([0, 2, 3]), "train", fingerprint="")
+    >>> [row_ids(shard, row, row_bytes=3).tolist() for row in range(num_rows(shard, row_bytes=3))]
+    [[1, 101, 102, 0], [1, 2, 1, 103], [1, 2, 0, 0]]
+    """
+    assert 0 <= row_index < num_rows(shard, row_bytes), f"there is no row {row_index}"
+    start = row_index * row_bytes
+    ids = _stream_ids(shard, start, min(start + row_bytes, _stream_start(shard, shard.num_documents)))
+    if ids[0] != BOS:
+        ids = np.concatenate([[BOS], ids])
+    return np.pad(ids, (0, row_bytes + 1 - len(ids)), constant_values=BOE)
+
+
+def _stream_ids(shard: ByteShard, start: int, stop: int) -> NDArray[np.int64]:
+    """The ids at these positions of the shard's stream.
+
+    >>> _stream_ids(ByteShard(np.frombuffer(b"abc", np.uint8), np.array([0, 2, 3]), "train", ""), 1, 6).tolist()
+    [101, 102, 2, 1, 103]
+    """
+    first = bisect_right(range(shard.num_documents), start, key=lambda document: _stream_start(shard, document)) - 1
+    last = bisect_right(range(shard.num_documents), stop - 1, key=lambda document: _stream_start(shard, document)) - 1
+    starts = shard.offsets[first : last + 2] + 2 * np.arange(first, last + 2)  # of these documents and of what follows
+    positions = np.arange(start, stop)
+    documents = first + np.searchsorted(starts, positions, side="right") - 1
+    byte_index = positions - 2 * documents - 1  # off the document at its BOS and EOS, which are written over it
+    ids = shard.data.take(byte_index, mode="clip").astype(np.int64) + BYTE_OFFSET
+    ids[np.isin(positions, starts)] = BOS
+    ids[np.isin(positions + 1, starts)] = EOS
+    return ids
+
+
+def _stream_start(shard: ByteShard, document: int) -> int:
+    """Where a document's BOS stands in the stream; of the number of documents: the stream's length."""
+    return int(shard.offsets[document]) + 2 * document
+
+
+class BatchReader:
+    """Batches of a shard's rows; every epoch reads each row once, in an order of its own.
+
+    Batch i depends only on the shard, the seed, the two sizes and i. ``state`` is how many rows were read, and of what.
+    """
+
+    def __init__(self, shard: ByteShard, row_bytes: int, rows_per_step: int, seed: int) -> None:
+        self.shard = shard
+        self.row_bytes = row_bytes
+        self.rows_per_step = rows_per_step
+        self.seed = seed
+        self.rows_read = 0
+        self._order_of_epoch = (-1, np.empty(0, dtype=np.int64))
+
+    def next_batch(self) -> ByteIds:
+        """The next ``rows_per_step`` rows of ``row_bytes + 1`` ids; an epoch may end within a batch."""
+        places = range(self.rows_read, self.rows_read + self.rows_per_step)
+        rows = [row_ids(self.shard, self._row_at(place), self.row_bytes) for place in places]
+        self.rows_read = places.stop
+        return torch.from_numpy(np.stack(rows))
+
+    def state(self) -> dict[str, int | str]:
+        """What ``restore`` needs to go on with the batch after the newest one."""
+        return {
+            "fingerprint": self.shard.fingerprint,
+            "split": self.shard.split,
+            "row_bytes": self.row_bytes,
+            "seed": self.seed,
+            "rows_read": self.rows_read,
+        }
+
+    def restore(self, state: dict[str, int | str]) -> None:
+        """Go on where a reader with this state stopped; ValueError where that one read other rows or another order."""
+        for key, own in self.state().items():
+            if key != "rows_read" and state.get(key) != own:
+                raise ValueError(
+                    f"the saved position belongs to {key} {state.get(key)!r}, this run has {own!r}; "
+                    "resume with the data and settings of the saved run, or start a new one"
+                )
+        self.rows_read = int(state["rows_read"])
+
+    def _row_at(self, place: int) -> int:
+        epoch, index = divmod(place, num_rows(self.shard, self.row_bytes))
+        if self._order_of_epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(num_rows(self.shard, self.row_bytes))
+            self._order_of_epoch = (epoch, order)
+        return int(self._order_of_epoch[1][index])

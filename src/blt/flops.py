@@ -1,0 +1,257 @@
+"""A model config -> its parameters, FLOPs per byte by part, and memory, all without building the network.
+
+Section 4.5 and eq. 13-17 of arXiv 2412.09871, counted for what the network here computes: a multiplication and its
+addition are 2 FLOPs, table lookups and elementwise work are 0. Where we count other than the paper:
+
+- the feed-forward network is the config's own SwiGLU, three matrices; at a width of 8/3 h they cost the paper's 16 h^2;
+- the encoder has one cross-attention, after its last layer (the released shape), not one per layer;
+- the output head has 260 ids, the paper writes 256;
+- the projections between widths are not in the paper's equations but are real work: each patch_embedding_projection is
+  in its cross-attention's part, the token_embedding_projection in the latent part;
+- the entropy model is not in eq. 13: it is a part of its own, and in the total.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from blt.config import ModelConfig, TransformerConfig
+
+NUM_IDS = 260  # rows of the byte embedding, outputs of the head
+LLAMA_3_VOCABULARY = 128_256
+LLAMA_3_BYTES_PER_TOKEN = 4.4  # the paper's mean
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part; ``network`` is what training updates, ``total`` is that and the entropy model."""
+    encoder, decoder, latent = config.local_encoder, config.local_decoder, config.latent
+    slots_width = config.slots_per_patch * encoder.width
+    encoder_cross = _cross_attention_parameters(encoder.width) + encoder.width * slots_width
+    decoder_cross = decoder.num_layers * _cross_attention_parameters(decoder.width) + latent.width * slots_width
+    token_embedding_projection = slots_width * latent.width if _latent_input_is_projected(config) else 0
+    network = {
+        "byte_embedding": NUM_IDS * encoder.width,
+        "hash_tables": config.hash_embeddings.num_tables * config.hash_embeddings.table_rows * encoder.width,
+        "local_encoder": _block_parameters(encoder) + encoder_cross,
+        "latent": _block_parameters(latent) + token_embedding_projection,
+        "local_decoder": _block_parameters(decoder) + decoder_cross + decoder.width + decoder.width * NUM_IDS,
+    }
+    entropy_model = 0
+    if config.entropy_model is not None:
+        width = config.entropy_model.width
+        entropy_model = NUM_IDS * width + _block_parameters(config.entropy_model) + width + width * NUM_IDS
+    in_network = sum(network.values())
+    return {"entropy_model": entropy_model, **network, "network": in_network, "total": entropy_model + in_network}
+
+
+@dataclass(frozen=True)
+class FlopsPerByte:
+    """Forward FLOPs for one byte of text, by part, each a mean over the bytes of a patch and of the context."""
+
+    entropy_model: float
+    local_encoder: float
+    encoder_cross_attention: float
+    latent: float
+    decoder_cross_attention: float
+    local_decoder: float  # with the output head
+
+    @property
+    def network(self) -> float:
+        """All but the entropy model: eq. 13."""
+        return self.inference - self.entropy_model
+
+    @property
+    def inference(self) -> float:
+        """The whole forward pass, the entropy model included."""
+        return sum(asdict(self).values())
+
+    @property
+    def training(self) -> float:
+        """Three forwards of the network (backward is twice the forward), one of the entropy model.
+
+        The entropy model is frozen while the network trains, so it has no backward; with cached entropies not even this
+        forward is spent. Training the entropy model itself is another run, not counted here.
+        """
+        return 3 * self.network + self.entropy_model
+
+    def rows(self) -> list[tuple[str, float, float]]:
+        """(part, inference, training) for every part in the order data flows, then the total."""
+        parts = asdict(self)
+        rows = [(part, flops, flops if part == "entropy_model" else 3 * flops) for part, flops in parts.items()]
+        return [*rows, ("total", self.inference, self.training)]
+
+
+def flops_per_byte(config: ModelConfig, mean_patch_bytes: float, context_bytes: int) -> FlopsPerByte:
+    """FLOPs per byte of a text of ``context_bytes`` whose patches hold ``mean_patch_bytes`` on average (eq. 13).
+
+    Cross-attention uses the paper's attention term too, although no causal mask halves it there: at the released shapes
+    that leaves out less than 0.01% of the total.
+    """
+    if not 1 <= mean_patch_bytes <= context_bytes:
+        raise ValueError(f"mean_patch_bytes must be from 1 to context_bytes {context_bytes}, got {mean_patch_bytes}")
+    encoder, decoder, latent = config.local_encoder, config.local_decoder, config.latent
+    slots = config.slots_per_patch
+    slots_width = slots * encoder.width
+    slots_per_byte = slots / mean_patch_bytes
+
+    entropy_model = 0.0
+    if config.entropy_model is not None:
+        head = 2 * config.entropy_model.width * NUM_IDS
+        entropy_model = transformer_flops(config.entropy_model, context_bytes) + head
+
+    # one query per slot, over the bytes of its patch
+    encoder_cross = slots_per_byte * (
+        projection_flops(encoder.width, keys_per_query=mean_patch_bytes / slots)
+        + attention_flops(encoder.width, keys=mean_patch_bytes)
+    )
+    encoder_cross += 2 * encoder.width * slots_width / mean_patch_bytes
+
+    token_embedding_projection = 2 * slots_width * latent.width if _latent_input_is_projected(config) else 0
+    per_patch = transformer_flops(latent, context_bytes / mean_patch_bytes) + token_embedding_projection
+
+    # one query per byte, over the slots of one patch; keys and values are made once per patch
+    decoder_cross = decoder.num_layers * (
+        projection_flops(decoder.width, keys_per_query=slots_per_byte) + attention_flops(decoder.width, keys=slots)
+    )
+    decoder_cross += 2 * latent.width * slots_width / mean_patch_bytes
+
+    return FlopsPerByte(
+        entropy_model=entropy_model,
+        local_encoder=transformer_flops(encoder, context_bytes),
+        encoder_cross_attention=encoder_cross,
+        latent=per_patch / mean_patch_bytes,
+        decoder_cross_attention=decoder_cross,
+        local_decoder=transformer_flops(decoder, context_bytes) + 2 * decoder.width * NUM_IDS,
+    )
+
+
+def transformer_flops(config: TransformerConfig, context_positions: float) -> float:
+    """Forward FLOPs for one position of a stack without a head, a mean over a causal context (eq. 14-17).
+
+    >>> config = TransformerConfig(num_layers=1, width=4, num_heads=1, ffn_width=10)
+    >>> transformer_flops(config, 7)  # projections 2 * 4 * 16, attention 4 * 4 * 4, feed-forward 2 * 3 * 40
+    432.0
+    """
+    keys = min(context_positions, config.window_positions or context_positions)
+    return config.num_layers * (
+        projection_flops(config.width, keys_per_query=1)
+        + attention_flops(config.width, keys)
+        + feed_forward_flops(config.width, config.ffn_width)
+    )
+
+
+def attention_flops(width: int, keys: float) -> float:
+    """FLOPs of one query's scores and weighted sum; (keys + 1) / 2 is the mean under a causal mask.
+
+    A window of w keys counts as keys = w, as in the paper, so positions with a full window count half of it. At 4.5
+    bytes per patch that leaves out 1.7% of blt_1b's total, 0.5% of blt_8b's.
+    """
+    return 4 * width * (keys + 1) / 2
+
+
+def projection_flops(width: int, keys_per_query: float) -> float:
+    """FLOPs of one query's own projections q and o, and of k and v for ``keys_per_query`` positions (the paper's r)."""
+    return (2 * keys_per_query + 2) * 2 * width**2
+
+
+def feed_forward_flops(width: int, ffn_width: int) -> int:
+    """FLOPs of one position's SwiGLU; at ffn_width = 8/3 width this is the paper's 2 * 2 * h * 4h.
+
+    >>> feed_forward_flops(width=3, ffn_width=8), 16 * 3**2
+    (144, 144)
+    """
+    return 2 * 3 * width * ffn_width
+
+
+def token_model_flops_per_byte(
+    latent: TransformerConfig,
+    context_bytes: int,
+    bytes_per_token: float = LLAMA_3_BYTES_PER_TOKEN,
+    vocabulary: int = LLAMA_3_VOCABULARY,
+) -> float:
+    """Forward FLOPs per byte of a token model whose transformer is this latent one: one step and one head per token."""
+    per_token = transformer_flops(latent, context_bytes / bytes_per_token) + 2 * latent.width * vocabulary
+    return per_token / bytes_per_token
+
+
+@dataclass(frozen=True)
+class SavingRow:
+    """A BLT against the token model with the same latent transformer and the same context in bytes."""
+
+    mean_patch_bytes: float
+    blt_flops_per_byte: float
+    token_model_flops_per_byte: float
+    saved_fraction: float  # of inference FLOPs, the entropy model counted; negative: BLT costs more
+    saved_fraction_without_entropy_model: float  # as the paper counts
+
+
+def saving_table(
+    config: ModelConfig, patch_sizes: Sequence[float] = (4, 6, 8), context_bytes: int | None = None
+) -> list[SavingRow]:
+    """What patching saves at inference, one row per mean patch size; without ``context_bytes``: at max_bytes."""
+    context_bytes = config.max_bytes if context_bytes is None else context_bytes
+    token_model = token_model_flops_per_byte(config.latent, context_bytes)
+    rows = []
+    for mean_patch_bytes in patch_sizes:
+        blt = flops_per_byte(config, mean_patch_bytes, context_bytes)
+        rows.append(
+            SavingRow(
+                mean_patch_bytes=mean_patch_bytes,
+                blt_flops_per_byte=blt.inference,
+                token_model_flops_per_byte=token_model,
+                saved_fraction=1 - blt.inference / token_model,
+                saved_fraction_without_entropy_model=1 - blt.network / token_model,
+            )
+        )
+    return rows
+
+
+def weight_bytes(config: ModelConfig, bytes_per_parameter: int = 2) -> int:
+    """Memory of all weights, the entropy model's included; 2 bytes per parameter are bfloat16, 4 are float32."""
+    return bytes_per_parameter * parameter_counts(config)["total"]
+
+
+def training_bytes(config: ModelConfig) -> int:
+    """Memory of AdamW training in fp32, activations not counted.
+
+    16 bytes per trained parameter (weight, gradient, two moments), and 4 per parameter of the frozen entropy model.
+    """
+    counts = parameter_counts(config)
+    return 16 * counts["network"] + 4 * counts["entropy_model"]
+
+
+def cache_bytes_per_byte(
+    config: ModelConfig, mean_patch_bytes: float, context_bytes: int, bytes_per_number: int = 2
+) -> dict[str, float]:
+    """Memory of cached self-attention keys and values per byte of a text of ``context_bytes``, by part and in total.
+
+    The latent cache grows by one position per patch. Byte-level caches stop growing at their window, so their share
+    falls with the context. Cross-attention reads one patch at a time and needs no cache that grows.
+    """
+    caches = {"entropy_model": 0.0}
+    if config.entropy_model is not None:
+        caches["entropy_model"] = _cached_numbers(config.entropy_model, context_bytes)
+    caches["local_encoder"] = _cached_numbers(config.local_encoder, context_bytes)
+    caches["latent"] = _cached_numbers(config.latent, context_bytes / mean_patch_bytes)
+    caches["local_decoder"] = _cached_numbers(config.local_decoder, context_bytes)
+    caches["total"] = sum(caches.values())
+    return {part: bytes_per_number * numbers / context_bytes for part, numbers in caches.items()}
+
+
+def _cached_numbers(config: TransformerConfig, context_positions: float) -> float:
+    positions = min(context_positions, config.window_positions or context_positions)
+    return 2 * config.num_layers * config.width * positions
+
+
+def _block_parameters(config: TransformerConfig) -> int:
+    """Of all blocks: q, k, v, o; three SwiGLU matrices; two norms. A norm after the last block is not among them."""
+    width = config.width
+    return config.num_layers * (4 * width**2 + 3 * width * config.ffn_width + 2 * width)
+
+
+def _cross_attention_parameters(width: int) -> int:
+    """Of one cross-attention: q, k, v, o, a norm for queries and one for keys and values."""
+    return 4 * width**2 + 2 * width
+
+
+def _latent_input_is_projected(config: ModelConfig) -> bool:
+    return config.slots_per_patch * config.local_encoder.width != config.latent.width

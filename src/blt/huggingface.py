@@ -1,0 +1,272 @@
+"""Models on disk in Hugging Face's ``blt`` format: two tables, config keys and weight names, read in both directions.
+
+``transformers`` loads what its ``BltForCausalLM`` can express. Anything else (another patching rule, a newline reset,
+other windows) is written under our own ``model_type``, which ``transformers`` refuses instead of computing something else.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blt.byte_ids import BOS, EOS, VOCAB_SIZE
+from blt.config import (
+    EntropyModelConfig,
+    HashEmbeddingsConfig,
+    LocalConfig,
+    ModelConfig,
+    PatchingConfig,
+    TransformerConfig,
+    validated,
+)
+from blt.model.byte_latent_transformer import ByteLatentTransformer
+from blt.model.entropy_model import EntropyModel
+
+OWN_MODEL_TYPE = "blt-lm"  # models that transformers' class cannot express; their config.json holds a ModelConfig
+HF_PAD = 3
+
+STACK_KEYS = {  # of patcher_config, encoder_config, decoder_config, global_config
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ffn_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+
+WEIGHT_NAMES = (  # ours, theirs; the first prefix that fits is replaced, then the names inside a block
+    ("entropy_model.byte_embedding.", "model.patcher.embed_tokens."),
+    ("entropy_model.transformer.", "model.patcher."),
+    ("entropy_model.norm.", "model.patcher.norm."),
+    ("entropy_model.head.", "model.patcher.lm_head."),
+    ("network.local_encoder.byte_embedding.", "model.local_encoder.embed_tokens."),
+    ("network.local_encoder.hash_embeddings.tables.", "model.encoder_hash_tok_embedding."),
+    ("network.local_encoder.transformer.", "model.local_encoder."),
+    ("network.local_encoder.slot_proj.", "model.local_encoder.patch_embedding_projection."),
+    ("network.local_encoder.cross_attention.", "model.local_encoder.cross_attn_layers.0."),
+    ("network.latent_transformer.input_proj.", "model.global_transformer.token_embedding_projection."),
+    ("network.latent_transformer.transformer.", "model.global_transformer."),
+    ("network.local_decoder.slot_proj.", "model.local_decoder.patch_embedding_projection."),
+    ("network.local_decoder.cross_attentions.", "model.local_decoder.cross_attn_layers."),
+    ("network.local_decoder.transformer.", "model.local_decoder."),
+    ("network.local_decoder.norm.", "model.local_decoder.norm."),
+    ("network.local_decoder.head.", "lm_head."),
+)
+BLOCK_NAMES = (
+    (".attention.", ".self_attn."),
+    (".ffn.", ".mlp."),
+    (".attention_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+)
+
+
+def weight_name(name: str) -> str:
+    """Hugging Face's name of one of our weights.
+
+    >>> weight_name("network.local_decoder.transformer.layers.0.ffn.up_proj.weight")
+    'model.local_decoder.layers.0.mlp.up_proj.weight'
+    """
+    for ours, theirs in WEIGHT_NAMES:
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+            break
+    for ours, theirs in BLOCK_NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def inexpressible(config: ModelConfig) -> list[str]:
+    """What of this model transformers' class cannot compute; empty: it loads there and computes the same."""
+    reasons = []
+    if config.patching.rule != "entropy":
+        reasons.append(f"patching rule {config.patching.rule!r}")
+    elif config.patching.threshold_nats is None:
+        reasons.append("a threshold that is not calibrated yet")
+    if config.entropy_model is not None and config.entropy_model.reset_at_newline:
+        reasons.append("an entropy context that is reset at newlines")
+    if config.local_encoder.window_positions != config.local_decoder.window_positions:
+        reasons.append("different windows in local encoder and decoder")
+    if config.local_encoder.window_positions is None or config.latent.window_positions is not None:
+        reasons.append("windows other than a local one")
+    if config.entropy_model is not None and config.entropy_model.window_positions is None:
+        reasons.append("an entropy model without a window")
+    return reasons
+
+
+def to_config_json(config: ModelConfig) -> dict[str, Any]:
+    """The contents of config.json."""
+    if inexpressible(config):
+        return {"model_type": OWN_MODEL_TYPE, "model": config.model_dump(mode="json", exclude_none=True)}
+    assert config.entropy_model is not None
+    encoder, decoder, latent, k = config.local_encoder, config.local_decoder, config.latent, config.slots_per_patch
+    local = {"vocab_size": VOCAB_SIZE, "cross_attn_k": k, "hidden_size_global": latent.width}
+    longest = config.max_bytes
+    projected = k * encoder.width if k * encoder.width != latent.width else None
+    hashes = config.hash_embeddings
+    return {
+        "model_type": "blt",
+        "architectures": ["BltForCausalLM"],
+        "dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": HF_PAD,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": longest,
+        "patch_in_forward": True,
+        "patching_mode": "entropy",
+        "patching_threshold": config.patching.threshold_nats,
+        "max_patch_length": config.patching.max_patch_bytes,
+        "local_attention_window_len": encoder.window_positions,
+        "cross_attn_k": k,
+        "encoder_hash_byte_group_size": list(hashes.ngram_bytes),
+        "encoder_hash_byte_group_vocab": hashes.table_rows,
+        "encoder_hash_byte_group_nb_functions": hashes.num_functions,
+        "patcher_config": {"vocab_size": VOCAB_SIZE, **_stack_json(config.entropy_model, longest)},
+        "encoder_config": {**local, "cross_attn_all_layers": False, **_stack_json(encoder, longest)},
+        "decoder_config": {**local, "cross_attn_all_layers": True, **_stack_json(decoder, longest)},
+        "global_config": {"encoder_cross_output_size": projected, **_stack_json(latent, longest)},
+    }
+
+
+def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
+    """The model config that a config.json describes. Raises ValueError for models of another kind."""
+    kind = values.get("model_type")
+    if kind == OWN_MODEL_TYPE:
+        return validated(ModelConfig, values.get("model", {}), origin)
+    if kind != "blt":
+        raise ValueError(f"{origin} describes a model of type {kind!r}, not 'blt': this is no Byte Latent Transformer")
+    if values.get("patching_mode", "entropy") != "entropy":
+        raise ValueError(f"{origin}: patching_mode {values['patching_mode']!r} is not supported, only 'entropy'")
+    try:
+        encoder = values["encoder_config"]
+        return ModelConfig(
+            entropy_model=EntropyModelConfig(**_stack_values(values["patcher_config"], windowed=True)),
+            patching=PatchingConfig(
+                rule="entropy",
+                threshold_nats=values["patching_threshold"],
+                max_patch_bytes=values.get("max_patch_length"),
+            ),
+            hash_embeddings=HashEmbeddingsConfig(
+                ngram_bytes=tuple(values["encoder_hash_byte_group_size"]),
+                table_rows=values["encoder_hash_byte_group_vocab"],
+                num_functions=values["encoder_hash_byte_group_nb_functions"],
+            ),
+            local_encoder=LocalConfig(
+                **_stack_values(encoder), window_positions=values.get("local_attention_window_len", 512)
+            ),
+            latent=TransformerConfig(**_stack_values(values["global_config"])),
+            local_decoder=LocalConfig(
+                **_stack_values(values["decoder_config"]),
+                window_positions=values.get("local_attention_window_len", 512),
+            ),
+            slots_per_patch=values["cross_attn_k"],
+            max_bytes=encoder.get("max_position_embeddings", 24_576),
+        )
+    except KeyError as error:
+        raise ValueError(f"{origin} lacks the key {error}") from None
+
+
+def save_model(
+    folder: Path, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        weight_name(name): weight.detach().cpu().contiguous()
+        for name, weight in named_weights(entropy_model, network).items()
+    }
+    partial = folder / "model.safetensors.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / "model.safetensors")
+    generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
+    for name, values in (("config.json", to_config_json(config)), ("generation_config.json", generation)):
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        os.replace(partial, folder / name)
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyModel | None, ByteLatentTransformer]:
+    """A model from a folder in this format, the network in ``dtype``, the entropy model always in fp32.
+
+    Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
+    try:
+        values = json.loads(config_file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is damaged, it is not JSON ({error}); copy the model again") from None
+    config = from_config_json(values, str(config_file))
+    with torch.device("meta"):
+        entropy_model = EntropyModel(config.entropy_model) if config.entropy_model else None
+        network = ByteLatentTransformer(config)
+    expected = {weight_name(name): weight for name, weight in named_weights(entropy_model, network).items()}
+    found: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        found |= dict(_read_weights(file, expected))
+    missing = expected.keys() - found.keys()
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them; copy it again")
+    for module, prefix, kept in ((entropy_model, "entropy_model.", torch.float32), (network, "network.", dtype)):
+        if module is not None:
+            state = {name: found[weight_name(prefix + name)].to(kept) for name in module.state_dict()}
+            module.load_state_dict(state, assign=True)
+    return config, entropy_model, network
+
+
+def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model under our names."""
+    modules = {"network": network} if entropy_model is None else {"entropy_model": entropy_model, "network": network}
+    return {
+        f"{prefix}.{name}": weight for prefix, module in modules.items() for name, weight in module.state_dict().items()
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        because = f"; {pickles[0]} may be a pickle, which could run code and is not read" if pickles else ""
+        raise FileNotFoundError(f"{folder} holds no model.safetensors{because}")
+    return [file]
+
+
+def _read_weights(file: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (a reader, not a dict)
+                if name not in expected:
+                    raise ValueError(f"{file} holds {name}, which the model of its config.json does not have")
+                shape, wanted = list(weights.get_slice(name).get_shape()), list(expected[name].shape)
+                if shape != wanted:
+                    raise ValueError(f"{file}: {name} has shape {shape}, its config.json asks for {wanted}")
+                yield name, weights.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}); copy the model again") from None
+
+
+def _stack_json(config: TransformerConfig, longest: int) -> dict[str, Any]:
+    return {
+        **{theirs: getattr(config, ours) for ours, theirs in STACK_KEYS.items()},
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "sliding_window": config.window_positions,
+        "max_position_embeddings": longest,
+    }
+
+
+def _stack_values(values: dict[str, Any], windowed: bool = False) -> dict[str, Any]:
+    rope = values.get("rope_parameters") or values
+    window = {"window_positions": values.get("sliding_window")} if windowed else {}
+    return {ours: values[theirs] for ours, theirs in STACK_KEYS.items()} | {"rope_theta": rope["rope_theta"]} | window

@@ -1,0 +1,190 @@
+"""Entropy model, patching and network in one object: what ``blt.load`` returns."""
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blt import byte_ids
+from blt.config import ModelConfig
+from blt.evaluate import Score, score_documents
+from blt.generate import NextLogits, Sampling, generate_ids, stream_text
+from blt.huggingface import load_model, save_model
+from blt.model.byte_latent_transformer import ByteLatentTransformer
+from blt.model.entropy_model import EntropyModel
+from blt.model.patching import patch_starts
+from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
+
+Text = str | bytes
+
+
+class LanguageModel:
+    """A Byte Latent Transformer with all it needs to read and write text."""
+
+    def __init__(
+        self, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer
+    ) -> None:
+        self.config = config
+        self.entropy_model = entropy_model
+        self.network = network
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> "LanguageModel":
+        for module in (self.entropy_model, self.network):
+            if module is not None:
+                module.to(device)
+        return self
+
+    def encode(self, text: Text) -> ByteIds:
+        """The ids of a prompt as one row, BOS first."""
+        return torch.tensor([byte_ids.encode(text)], device=self.device)
+
+    def entropies(self, ids: ByteIds) -> Entropies:
+        """Nats, one entry more than the row: entry t is the doubt about id t given the ids before; entry 0 is nan.
+
+        Raises ValueError for a model whose patching rule needs no entropy model and that has none.
+        """
+        if self.entropy_model is None:
+            raise ValueError(f"this model has no entropy model: its patching rule is {self.config.patching.rule!r}")
+        self._check_length(ids)
+        return self.entropy_model.entropies(ids)
+
+    def patch_starts(self, ids: ByteIds) -> PatchStarts:
+        """Where patches start, one entry more than the row: would the next, unknown byte start one?"""
+        self._check_length(ids)
+        entropies = self.entropies(ids) if self.config.patching.uses_entropies else None
+        return patch_starts(ids, entropies, self.config.patching)
+
+    def patches(self, text: Text) -> list[bytes]:
+        """The text cut where the model's patches start, BOS left out.
+
+        Text beyond the model's limit of positions is cut in stretches of that length.
+        """
+        data, longest = byte_ids.as_bytes(text), self.config.max_bytes - 1
+        pieces: list[bytes] = []
+        for begin in range(0, len(data), longest):
+            stretch = data[begin : begin + longest]
+            starts = self.patch_starts(self.encode(stretch))[0, 1:-1].nonzero().flatten().tolist()
+            pieces += [stretch[a:b] for a, b in zip(starts, [*starts[1:], len(stretch)], strict=True)]
+        return pieces
+
+    def predict(self, ids: ByteIds) -> tuple[Logits, Logits | None, PatchStarts]:
+        """Logits of the network and of the entropy model, and the patch starts between them, for whole rows."""
+        starts = self.patch_starts(ids)
+        entropy_logits = None if self.entropy_model is None else self.entropy_model(ids)
+        return self.network(ids, starts), entropy_logits, starts
+
+    def score(self, text: Text, window_bytes: int = 4096) -> Score:
+        """Bits per byte and patch statistics of a text, as one document; see ``evaluate.windows`` for long ones."""
+        window = min(window_bytes, self.config.max_bytes)
+        return score_documents(self.predict, [byte_ids.as_bytes(text)], window, self.device)[0]
+
+    def generate(self, prompt: Text | Sequence[Text], max_bytes: int = 200, **options: Any) -> bytes | list[bytes]:
+        """What the model writes after the prompt, the prompt left out; for a list of prompts a list.
+
+        Row i of a list draws with ``seed + i``, so it is what the prompt alone gives with that seed. Options as in
+        ``stream``.
+        """
+        if isinstance(prompt, str | bytes):
+            return b"".join(self.stream(prompt, max_bytes, **options))
+        seed = options.pop("seed", 0)
+        return [b"".join(self.stream(one, max_bytes, seed=seed + row, **options)) for row, one in enumerate(prompt)]
+
+    def stream(
+        self,
+        prompt: Text,
+        max_bytes: int = 200,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: Iterable[Text] = (),
+        utf8: bool = False,
+    ) -> Iterator[bytes]:
+        """Pieces of what the model writes, as they come: whole UTF-8 characters, up to a stop string, EOS or the limit.
+
+        Temperature 0 is greedy. Raises ValueError where prompt and ``max_bytes`` exceed the model's limit.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, utf8)
+        prompt_ids = byte_ids.encode(prompt)
+        if len(prompt_ids) + max_bytes > self.config.max_bytes:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids) - 1} bytes and max_bytes {max_bytes} exceed the {self.config.max_bytes - 1} "
+                "bytes this model can hold; shorten one of them"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        ids = generate_ids(self._next_logits, prompt_ids, max_bytes, sampling, generator)
+        return stream_text(ids, [byte_ids.as_bytes(word) for word in stop if word])
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model in Hugging Face's ``blt`` format."""
+        save_model(Path(folder), self.config, self.entropy_model, self.network)
+
+    @torch.no_grad()
+    def _next_logits(self, ids: list[int]) -> NextLogits:
+        row = torch.tensor([ids], device=self.device)
+        return self.network(row, self.patch_starts(row))[0, -1]
+
+    def _check_length(self, ids: ByteIds) -> None:
+        if ids.shape[1] > self.config.max_bytes:
+            raise ValueError(
+                f"a row of {ids.shape[1]} ids is beyond this model's limit of {self.config.max_bytes}; cut the text"
+            )
+
+
+def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
+    """A model from a run folder, a folder in Hugging Face's ``blt`` format, or a hub id such as ``itazap/blt-1b-hf``.
+
+    An existing path is never looked up on the hub. Raises FileNotFoundError or ValueError that says what to do.
+    """
+    target = pick_device(device)
+    loaded = load_model(model_folder(model), pick_dtype(dtype, target))
+    return LanguageModel(*loaded).to(target)
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder that holds the model's files: of a run its ``model`` folder; for a hub id, downloaded or cached."""
+    path = Path(model)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if path.exists():
+        if (path / "config.toml").is_file() and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} is a run without a model yet; train on with: blt train {path}/config.toml "
+                                    f"--out {path} --resume")
+        return path if path.is_dir() else path.parent
+    name = str(model)
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(errno.ENOENT, "no such model folder", name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here, and the hub did not give it ({type(error).__name__}); check the name and the "
+            "network, or download the model and give its folder"
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one. Raises ValueError for a device that this machine lacks."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
+        raise ValueError(f"device {name} is not available here; use --device cpu, or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

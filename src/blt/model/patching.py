@@ -1,0 +1,208 @@
+"""Entropies or bytes -> patch starts, for whole rows or one byte at a time (section 2).
+
+``patch_starts`` is the one truth about patches; ids, lengths and counts are derived from it by the functions below.
+In every rule the first id of a document (its BOS) is a patch of its own: positions 0 and 1 always start one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from blt.byte_ids import BYTE_OFFSET, EOS, positions_in_document
+from blt.config import PatchingConfig
+from blt.shapes import ByteIds, Entropies, NewestClosedPatch, PatchIds, PatchLengths, PatchStarts
+
+
+def patch_starts(byte_ids: ByteIds, entropies: Entropies | None, config: PatchingConfig) -> PatchStarts:
+    """Where patches begin under the config's rule, the unknown next id included; bytes after t never change entry t.
+
+    Raises ValueError where the rule needs entropies or a threshold that are not there.
+    """
+    positions = positions_in_document(byte_ids)
+    if config.uses_entropies:
+        if entropies is None or config.threshold_nats is None:
+            raise ValueError(f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first")
+        starts = starts_above(entropies, config.threshold_nats, rises=config.rule == "entropy_rise")
+        starts = starts | (positions < _always_starts(config))
+    elif config.rule == "space":
+        starts = starts_after_spaces(byte_ids) | (positions < _always_starts(config))
+    else:
+        assert config.patch_bytes is not None
+        starts = (positions == 0) | ((positions - 1) % config.patch_bytes == 0)
+    return starts if config.max_patch_bytes is None else split_long_patches(starts, config.max_patch_bytes)
+
+
+def starts_above(entropies: Entropies, threshold_nats: float, rises: bool = False) -> PatchStarts:
+    """A patch begins where the entropy exceeds the threshold (eq. 1), or rises by more than it (``rises``, eq. 2).
+
+    The first id of a row, whose entropy is nan, never compares above; the callers start a patch there anyway.
+
+    >>> entropies = torch.tensor([[float("nan"), 3.0, 0.1, 2.0, 2.5]])
+    >>> starts_above(entropies, 1.0).int().tolist(), starts_above(entropies, 1.0, rises=True).int().tolist()
+    ([[0, 1, 0, 1, 1]], [[0, 0, 0, 1, 0]])
+    """
+    values = entropies.clone()
+    if rises:
+        values[:, 1:] = entropies[:, 1:] - entropies[:, :-1]
+    return values > threshold_nats
+
+
+def starts_after_spaces(byte_ids: ByteIds) -> PatchStarts:
+    """A patch begins after a space-like byte, unless the patch before would hold nothing but space-like bytes (2.2).
+
+    >>> text = torch.tensor([[1, *(byte + 4 for byte in b"a, b")]])
+    >>> starts_after_spaces(text).int().tolist()  # BOS a , _ b ?
+    [[0, 0, 0, 1, 0, 0]]
+    """
+    space_like = is_space_like(byte_ids)
+    starts = torch.zeros(byte_ids.shape[0], byte_ids.shape[1] + 1, dtype=torch.bool, device=byte_ids.device)
+    starts[:, 2:] = space_like[:, 1:] & ~space_like[:, :-1]
+    return starts
+
+
+def is_space_like(byte_ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Bytes that are no latin letter, digit or UTF-8 continuation byte (2.2, after SpaceByte); control ids too.
+
+    >>> is_space_like(torch.tensor([byte + 4 for byte in "aé 1".encode()])).int().tolist()
+    [0, 1, 0, 1, 0]
+    """
+    byte = byte_ids - BYTE_OFFSET
+    digit = (byte >= ord("0")) & (byte <= ord("9"))
+    letter = ((byte | 0x20) >= ord("a")) & ((byte | 0x20) <= ord("z")) & (byte >= 0)
+    return ~(digit | letter | ((byte >= 0x80) & (byte < 0xC0)))
+
+
+def split_long_patches(starts: PatchStarts, max_patch_bytes: int) -> PatchStarts:
+    """Split a patch of L bytes into m, m, ..., rest, the unknown next id counted: after m bytes it starts a patch.
+
+    >>> split_long_patches(torch.tensor([[True, True, False, False, False, False]]), 2).int().tolist()
+    [[1, 1, 0, 1, 0, 1]]
+    """
+    index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    last_start = torch.where(starts, index, 0).cummax(1).values
+    return starts | ((index - last_start) % max_patch_bytes == 0)
+
+
+def patch_ids(starts: PatchStarts) -> PatchIds:
+    """The patch that holds each byte, counted from 0.
+
+    >>> patch_ids(torch.tensor([[True, True, False, True, False]])).tolist()
+    [[0, 1, 1, 2]]
+    """
+    return starts[:, :-1].long().cumsum(1) - 1
+
+
+def newest_closed_patch(starts: PatchStarts) -> NewestClosedPatch:
+    """The patch before the one that holds byte t + 1: what byte t reads when it predicts byte t + 1.
+
+    >>> newest_closed_patch(torch.tensor([[True, True, False, True, False]])).tolist()
+    [[0, 0, 1, 1]]
+    """
+    return starts.long().cumsum(1)[:, 1:] - 2
+
+
+def patch_lengths(ids: PatchIds) -> PatchLengths:
+    """Bytes in each patch; 0 beyond a row's last patch.
+
+    >>> patch_lengths(torch.tensor([[0, 1, 1, 2], [0, 1, 1, 1]])).tolist()
+    [[1, 2, 1], [1, 3, 0]]
+    """
+    lengths = torch.zeros(ids.shape[0], int(ids.max()) + 1, dtype=torch.long, device=ids.device)
+    return lengths.scatter_add(1, ids, torch.ones_like(ids))
+
+
+def threshold_for_patch_size(
+    entropies: Entropies, byte_ids: ByteIds, config: PatchingConfig, target_patch_bytes: float
+) -> float:
+    """The threshold (nats) at which these rows' patches average ``target_patch_bytes``, by bisection (4.2).
+
+    BOS patches do not count. Raises ValueError where no threshold reaches the target.
+    """
+
+    def mean_at(threshold: float) -> float:
+        candidate = config.model_copy(update={"threshold_nats": threshold})
+        return mean_patch_bytes(byte_ids, patch_starts(byte_ids, entropies, candidate))
+
+    low, high = -6.0, 6.0  # entropies over 260 ids lie in [0, ln 260 = 5.56], so do the sizes of their rises
+    if not mean_at(low) <= target_patch_bytes <= mean_at(high):
+        raise ValueError(
+            f"no threshold gives patches of {target_patch_bytes} bytes here: they can average "
+            f"{mean_at(low):.2f} to {mean_at(high):.2f}"
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_at(middle) < target_patch_bytes else (low, middle)
+    return (low + high) / 2
+
+
+def mean_patch_bytes(byte_ids: ByteIds, starts: PatchStarts) -> float:
+    """Bytes per patch over whole rows, ids that are no bytes left out of both counts.
+
+    >>> mean_patch_bytes(torch.tensor([[1, 70, 71, 72]]), torch.tensor([[True, True, False, True, True]]))
+    1.5
+    """
+    is_byte = byte_ids >= BYTE_OFFSET
+    return float(is_byte.sum()) / max(1, int((starts[:, :-1] & is_byte).sum()))
+
+
+@dataclass(frozen=True)
+class PatchingState:
+    """What the stepwise decision remembers of each row: of the ids so far, only these numbers."""
+
+    next_starts: Bool[Tensor, " batch"]  # does the next, unknown id start a patch
+    position: Int[Tensor, " batch"]  # of the next id, in its document
+    patch_bytes: Int[Tensor, " batch"]  # ids in the open patch
+    last_entropy: Float[Tensor, " batch"]  # nats; the doubt about the next id
+    last_is_space_like: Bool[Tensor, " batch"]
+
+
+def start_patching(batch: int, device: torch.device) -> PatchingState:
+    """The state before any id."""
+    zeros = torch.zeros(batch, dtype=torch.long, device=device)
+    return PatchingState(~zeros.bool(), zeros, zeros, torch.full((batch,), float("nan"), device=device), zeros.bool())
+
+
+def step_patching(
+    state: PatchingState,
+    byte_id: Int[Tensor, " batch"],
+    next_entropy: Float[Tensor, " batch"] | None,
+    config: PatchingConfig,
+) -> PatchingState:
+    """Take in one more id and decide whether the id after it starts a patch: the stepwise twin of ``patch_starts``.
+
+    ``next_entropy`` is the doubt about the unknown id after ``byte_id``, as in ``entropies[:, t + 1]``.
+
+    >>> config, state = PatchingConfig(rule="fixed", patch_bytes=2), start_patching(1, torch.device("cpu"))
+    >>> for byte_id in (1, 70, 71):
+    ...     state = step_patching(state, torch.tensor([byte_id]), None, config)
+    ...     print(state.next_starts.item())
+    True
+    False
+    True
+    """
+    position = torch.where(byte_id == EOS, 0, state.position + 1)
+    patch_bytes = torch.where(state.next_starts, 1, state.patch_bytes + 1)
+    space_like = is_space_like(byte_id)
+    if config.uses_entropies:
+        assert next_entropy is not None and config.threshold_nats is not None
+        value = next_entropy - state.last_entropy if config.rule == "entropy_rise" else next_entropy
+        starts = (value > config.threshold_nats) | (position < _always_starts(config))
+    elif config.rule == "space":
+        starts = (space_like & ~state.last_is_space_like) | (position < _always_starts(config))
+    else:
+        assert config.patch_bytes is not None
+        starts = (position == 0) | ((position - 1) % config.patch_bytes == 0)
+    if config.max_patch_bytes is not None:
+        starts = starts | (patch_bytes >= config.max_patch_bytes)
+    last_entropy = state.last_entropy if next_entropy is None else next_entropy
+    return PatchingState(starts, position, patch_bytes, last_entropy, space_like)
+
+
+def _always_starts(config: PatchingConfig) -> int:
+    """How many positions of a document start a patch whatever the rule says.
+
+    BOS and the first byte; for rises also the second byte, whose entropy has none before it to rise from.
+    """
+    return 3 if config.rule == "entropy_rise" else 2
