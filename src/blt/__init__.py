@@ -1,0 +1,18 @@
+"""Byte Latent Transformers: language models that read and write raw bytes, in patches they choose themselves."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LanguageModel", "load"]
+
+if TYPE_CHECKING:
+    from blt.language_model import LanguageModel, load
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first used, so that ``blt --help`` need not wait for torch."""
+    if name in __all__:
+        from blt import language_model
+
+        return getattr(language_model, name)
+    raise AttributeError(f"module 'blt' has no attribute {name!r}")

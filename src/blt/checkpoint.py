@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and rename it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -43,7 +43,7 @@ class TransformerConfig(Config):
     window_positions: int | None = Field(None, ge=1)  # keys one query sees, itself included; absent: all before it
 
     @model_validator(mode="after")
-    def heads_have_an_even_width(self) -> Self:
+    def heads_have_an_even_width(self) -> "TransformerConfig":
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width {self.width} does not split into {self.num_heads} heads of an even width")
         return self
@@ -75,7 +75,7 @@ class PatchingConfig(Config):
     max_patch_bytes: int | None = Field(None, ge=1)  # longer patches are split; absent: no limit
 
     @model_validator(mode="after")
-    def rule_has_what_it_needs(self) -> Self:
+    def rule_has_what_it_needs(self) -> "PatchingConfig":
         if (self.rule == "fixed") != (self.patch_bytes is not None):
             raise ValueError("patch_bytes belongs to rule 'fixed', and 'fixed' needs it")
         if not self.uses_entropies and self.threshold_nats is not None:
@@ -95,7 +95,7 @@ class HashEmbeddingsConfig(Config):
     table_rows: int = Field(500_002, ge=1)  # of each function and n-gram size
 
     @model_validator(mode="after")
-    def sizes_are_ngrams(self) -> Self:
+    def sizes_are_ngrams(self) -> "HashEmbeddingsConfig":
         if min(self.ngram_bytes) < 1 or len(set(self.ngram_bytes)) != len(self.ngram_bytes):
             raise ValueError(f"ngram_bytes must be different sizes of at least 1, got {list(self.ngram_bytes)}")
         return self
@@ -118,7 +118,7 @@ class ModelConfig(Config):
     max_bytes: int = Field(24_576, ge=2)  # positions of a row, BOS included
 
     @model_validator(mode="after")
-    def parts_fit_together(self) -> Self:
+    def parts_fit_together(self) -> "ModelConfig":
         if self.local_encoder.width != self.local_decoder.width:
             raise ValueError(
                 f"local_encoder.width {self.local_encoder.width} must equal local_decoder.width "
@@ -161,16 +161,18 @@ class TrainingConfig(Config):
     weight_decay: float = Field(0.1, ge=0)  # not on norms, embeddings and tables
     clip_norm: float = Field(1.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: the faster one here
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     steps_per_report: int = Field(20, ge=1)
     steps_per_save: int = Field(200, ge=1)
     steps_per_evaluation: int = Field(200, ge=1)
     evaluation_bytes: int = Field(65_536, ge=1)  # held-out text in each evaluation
 
     @model_validator(mode="after")
-    def micro_batches_are_whole(self) -> Self:
+    def micro_batches_are_whole(self) -> "TrainingConfig":
         if self.rows_per_step % self.micro_batches:
-            raise ValueError(f"rows_per_step {self.rows_per_step} does not split into {self.micro_batches} micro_batches")
+            raise ValueError(
+                f"rows_per_step {self.rows_per_step} does not split into {self.micro_batches} micro_batches"
+            )
         return self
 
     @property
@@ -193,13 +195,20 @@ class RunConfig(Config):
     training: TrainingConfig
 
     @model_validator(mode="after")
-    def entropy_model_is_trained(self) -> Self:
+    def entropy_model_is_trained(self) -> "RunConfig":
         sources = (self.entropy_training is not None) + (self.pretrained_entropy_model is not None)
         if sources != (self.model.entropy_model is not None):
             raise ValueError(
                 "a [model.entropy_model] needs either [entropy_training] or pretrained_entropy_model; without one, neither"
             )
         return self
+
+    def with_training(self, **updates: Any) -> "RunConfig":
+        """The same config with these values in the training of both networks."""
+        entropy = self.entropy_training and self.entropy_training.model_copy(update=updates)
+        return self.model_copy(
+            update={"training": self.training.model_copy(update=updates), "entropy_training": entropy}
+        )
 
 
 def preset_names() -> list[str]:
@@ -216,7 +225,9 @@ def read_run_config(source: str | Path, overrides: Iterable[str] = ()) -> RunCon
     if not path.is_file():
         preset = _preset_folder() / f"{source}.toml"
         if not preset.is_file():
-            raise FileNotFoundError(f"no config file {source}; give a .toml file or a preset: {', '.join(preset_names())}")
+            raise FileNotFoundError(
+                f"no config file {source}; give a .toml file or a preset: {', '.join(preset_names())}"
+            )
         text = preset.read_text("utf-8")
     else:
         text = path.read_text("utf-8")

@@ -265,6 +265,10 @@ class ByteShard:
         """The content of one document."""
         return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
+    def documents(self) -> Iterator[bytes]:
+        """All documents in order."""
+        return (self.document(index) for index in range(self.num_documents))
+
     def sample(self, total_bytes: int, seed: int) -> list[bytes]:
         """Random documents until ``total_bytes`` are reached, the last one cut; all documents, where they have less."""
         chosen: list[bytes] = []

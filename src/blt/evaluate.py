@@ -3,15 +3,17 @@
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blt.byte_ids import BOE, encode
+from blt.progress import Reporter
 from blt.shapes import ByteIds, Logits, PatchStarts
 
 Predictor = Callable[[ByteIds], tuple[Logits, Logits | None, PatchStarts]]  # network logits, entropy model's, starts
@@ -47,7 +49,7 @@ class Score:
     def entropy_model_bits_per_byte(self) -> float | None:
         return None if self.entropy_model_bits is None else self.entropy_model_bits / max(1, self.bytes)
 
-    def as_json(self) -> dict[str, float | int | None]:
+    def as_json(self) -> dict[str, Any]:
         """The keys of ``blt evaluate --json``."""
         return {
             "bits_per_byte": self.bits_per_byte,
@@ -56,6 +58,11 @@ class Score:
             "mean_patch_bytes": self.mean_patch_bytes,
             "entropy_model_bits_per_byte": self.entropy_model_bits_per_byte,
         }
+
+
+def total_score(scores: Sequence[Score]) -> Score:
+    """The score of everything together."""
+    return sum(scores[1:], scores[0]) if scores else Score()
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,20 @@ def windows(data: bytes, window_bytes: int) -> Iterator[Window]:
 
 @torch.no_grad()
 def score_documents(
-    predict: Predictor, documents: Sequence[bytes], window_bytes: int, device: torch.device, batch_rows: int = 16
+    predict: Predictor,
+    documents: Sequence[bytes],
+    window_bytes: int,
+    device: torch.device,
+    batch_ids: int = 8192,
+    on_scored: Callable[[int], None] = lambda num_bytes: None,
 ) -> list[Score]:
-    """One score per document. EOS is not scored: bits of bytes over number of bytes."""
+    """One score per document, ``batch_ids`` positions at a time; ``on_scored`` hears how many bytes each batch scored.
+
+    EOS is not scored: bits of bytes over number of bytes.
+    """
     scores = [Score(entropy_model_bits=0.0) for _ in documents]
     rows = ((index, window) for index, data in enumerate(documents) if data for window in windows(data, window_bytes))
-    while batch := list(islice(rows, batch_rows)):
+    while batch := list(islice(rows, max(1, batch_ids // window_bytes))):
         longest = max(len(window.ids) for _, window in batch)
         ids = torch.tensor([window.ids + [BOE] * (longest - len(window.ids)) for _, window in batch], device=device)
         logits, entropy_logits, starts = predict(ids)
@@ -106,6 +121,7 @@ def score_documents(
                 patches=int(starts[row, scored].sum()),
                 entropy_model_bits=None if entropy_bits is None else float(entropy_bits[row, scored].sum()),
             )
+        on_scored(sum(len(window.ids) - window.first_scored for _, window in batch))
     return scores
 
 
@@ -115,11 +131,44 @@ def _bits(logits: Logits, ids: ByteIds) -> Tensor:
     return F.pad(nats.view(len(ids), -1).double() / math.log(2), (1, 0))
 
 
+def evaluate_inputs(
+    predict: Predictor,
+    inputs: Mapping[str, Sequence[bytes]],
+    window_bytes: int,
+    device: torch.device,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Figures over all inputs, beside compressors on the same bytes, and ``files``: the same for each input.
+
+    Empty documents are skipped and counted. Raises ValueError where there is nothing to score.
+    """
+    total_bytes = sum(len(data) for documents in inputs.values() for data in documents)
+    if total_bytes == 0:
+        raise ValueError(f"nothing to evaluate: every document of {', '.join(inputs)} is empty")
+    done, files = 0, {}
+
+    def on_scored(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        reporter.show("evaluation", done, total_bytes, f"{done / 1e6:.2f} MB")
+
+    of_inputs = []
+    for name, documents in inputs.items():
+        scores = score_documents(predict, documents, window_bytes, device, on_scored=on_scored)
+        scored = total_score(scores)
+        files[name] = scored.as_json() | compressor_bits_per_byte(documents)
+        of_inputs.append(scored)
+    everything = [data for documents in inputs.values() for data in documents]
+    empty = sum(not data for data in everything)
+    figures = total_score(of_inputs).as_json() | compressor_bits_per_byte(everything)
+    return figures | {"window_bytes": window_bytes, "empty_documents_skipped": empty, "files": files}
+
+
 def compressor_bits_per_byte(documents: Sequence[bytes]) -> dict[str, float]:
     """What ``gzip -9`` and ``xz -9e`` make of the documents joined into one stream, their most favourable case."""
     joined = b"".join(documents)
     sizes = {
-        "gzip -9": len(gzip.compress(joined, 9, mtime=0)),
-        "xz -9e": len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)),
+        "gzip_bits_per_byte": len(gzip.compress(joined, 9, mtime=0)),
+        "xz_bits_per_byte": len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)),
     }
     return {name: 8 * size / max(1, len(joined)) for name, size in sizes.items()}

@@ -56,7 +56,9 @@ def next_probabilities(logits: NextLogits, sampling: Sampling, text: bytes) -> N
     if sampling.top_p is not None:
         ordered, order = (probabilities / probabilities.sum()).sort(descending=True)
         before = ordered.cumsum(0) - ordered
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, torch.where(before < sampling.top_p, ordered, 0))
+        probabilities = torch.zeros_like(probabilities).scatter_(
+            0, order, torch.where(before < sampling.top_p, ordered, 0)
+        )
     if sampling.min_p is not None:
         probabilities = torch.where(probabilities >= sampling.min_p * probabilities.max(), probabilities, 0)
     return probabilities / probabilities.sum()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, EOS, VOCAB_SIZE
+from blt.checkpoint import write_whole
 from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
@@ -186,9 +187,7 @@ def save_model(
     os.replace(partial, folder / "model.safetensors")
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
     for name, values in (("config.json", to_config_json(config)), ("generation_config.json", generation)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-        os.replace(partial, folder / name)
+        write_whole(folder / name, json.dumps(values, indent=2) + "\n")
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyModel | None, ByteLatentTransformer]:
@@ -196,14 +195,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyMo
 
     Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
-    try:
-        values = json.loads(config_file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is damaged, it is not JSON ({error}); copy the model again") from None
-    config = from_config_json(values, str(config_file))
+    config = read_model_config(folder)
     with torch.device("meta"):
         entropy_model = EntropyModel(config.entropy_model) if config.entropy_model else None
         network = ByteLatentTransformer(config)
@@ -213,12 +205,26 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyMo
         found |= dict(_read_weights(file, expected))
     missing = expected.keys() - found.keys()
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them; copy it again")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them; copy it again"
+        )
     for module, prefix, kept in ((entropy_model, "entropy_model.", torch.float32), (network, "network.", dtype)):
         if module is not None:
             state = {name: found[weight_name(prefix + name)].to(kept) for name in module.state_dict()}
             module.load_state_dict(state, assign=True)
     return config, entropy_model, network
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model config of a folder in this format. Raises FileNotFoundError or ValueError as ``load_model``."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
+    try:
+        values = json.loads(config_file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is damaged, it is not JSON ({error}); copy the model again") from None
+    return from_config_json(values, str(config_file))
 
 
 def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[str, Tensor]:

@@ -23,9 +23,7 @@ Text = str | bytes
 class LanguageModel:
     """A Byte Latent Transformer with all it needs to read and write text."""
 
-    def __init__(
-        self, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer
-    ) -> None:
+    def __init__(self, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer) -> None:
         self.config = config
         self.entropy_model = entropy_model
         self.network = network
@@ -156,8 +154,10 @@ def model_folder(model: str | Path) -> Path:
         return path / "model"
     if path.exists():
         if (path / "config.toml").is_file() and not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} is a run without a model yet; train on with: blt train {path}/config.toml "
-                                    f"--out {path} --resume")
+            raise FileNotFoundError(
+                f"{path} is a run without a model yet; train on with: blt train {path}/config.toml "
+                f"--out {path} --resume"
+            )
         return path if path.is_dir() else path.parent
     name = str(model)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):

@@ -17,9 +17,13 @@ EntropyLogits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
 Entropies = Float[Tensor, "batch byte+1"]  # nats; entry t: doubt about id t given ids < t; entry 0 is nan
 
 # patches
-PatchStarts = Bool[Tensor, "batch byte+1"]  # entry t: does id t start a patch; the last entry is about the unknown next id
+PatchStarts = Bool[
+    Tensor, "batch byte+1"
+]  # entry t: does id t start a patch; the last entry is about the unknown next id
 PatchIds = Int[Tensor, "batch byte"]  # the patch that holds byte t, counted from 0 in its row
-NewestClosedPatch = Int[Tensor, "batch byte"]  # the newest patch that is closed once it is known whether t + 1 starts one
+NewestClosedPatch = Int[
+    Tensor, "batch byte"
+]  # the newest patch that is closed once it is known whether t + 1 starts one
 PatchLengths = Int[Tensor, "batch patch"]  # bytes; 0 where a row has fewer patches than its batch
 
 # the network

@@ -19,7 +19,7 @@ from blt import corpus
 from blt.byte_ids import BOS
 from blt.checkpoint import load_state, save_state, saved_steps, write_whole
 from blt.config import ModelConfig, RunConfig, TrainingConfig, read_run_config, to_toml
-from blt.evaluate import Score, score_documents
+from blt.evaluate import score_documents, total_score
 from blt.flops import flops_per_byte
 from blt.huggingface import load_model
 from blt.language_model import LanguageModel, load
@@ -367,7 +367,7 @@ def _entropy_job(entropy_model: EntropyModel, config: RunConfig, run: Path, held
         return entropy_model(ids), None, torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool, device=device)
 
     def evaluate() -> dict[str, Any]:
-        total = sum(score_documents(predict, documents, training.row_bytes, device), Score())
+        total = total_score(score_documents(predict, documents, training.row_bytes, device))
         return {"valid_bits_per_byte": total.bits_per_byte}
 
     flops = 3 * flops_per_byte(config.model, 4.0, training.row_bytes).entropy_model
@@ -385,9 +385,9 @@ def _network_job(lm: LanguageModel, training: TrainingConfig, run: Path, held_ou
 
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
-        total = sum(score_documents(lm.predict, documents, training.row_bytes, lm.device), Score(entropy_model_bits=0.0))
+        total = total_score(score_documents(lm.predict, documents, training.row_bytes, lm.device))
         prompt = documents[0][:64]
-        sample = prompt + lm.generate(prompt, SAMPLE_BYTES, temperature=0.8)
+        sample = prompt + b"".join(lm.stream(prompt, SAMPLE_BYTES, temperature=0.8))
         figures = {f"valid_{name}": value for name, value in total.as_json().items()}
         return figures | {"sample": sample.decode("utf-8", "replace")}
 

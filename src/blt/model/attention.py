@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from one set of states to another: own norms for both, no positions, no biases."""
+    """What both directions share: norms and projections of queries and keys; no positions, no biases."""
 
     def __init__(self, width: int, num_heads: int, norm_eps: float) -> None:
         super().__init__()
@@ -90,13 +90,25 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def slots_from_own_bytes(
+    def _project(self, queries_from: Tensor, keys_from: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries_from, keys_from = self.q_norm(queries_from), self.k_norm(keys_from)
+        split = (self.num_heads, -1)
+        return (
+            self.q_proj(queries_from).unflatten(-1, split),
+            self.k_proj(keys_from).unflatten(-1, split),
+            self.v_proj(keys_from).unflatten(-1, split),
+        )
+
+
+class EncoderCrossAttention(CrossAttention):
+    """Each slot of a patch reads the bytes of that patch (3.2.2): a softmax over segments of the row."""
+
+    def forward(
         self,
         slots: Float[Tensor, "batch patch slot width"],
         byte_states: Float[Tensor, "batch byte width"],
         patch_ids: PatchIds,
     ) -> Float[Tensor, "batch patch slot width"]:
-        """Each slot of a patch reads the bytes of that patch (encoder, 3.2.2): a softmax over segments of the row."""
         queries, keys, values = self._project(slots, byte_states)
         batch, num_patches = slots.shape[:2]
         segments = _flat_index(patch_ids, num_patches)  # patches of all rows, one after another
@@ -112,13 +124,16 @@ class CrossAttention(nn.Module):
         mixed = torch.zeros_like(queries, dtype=weighted.dtype).index_add(0, segments, weighted)
         return self.o_proj(mixed.flatten(2).unflatten(0, (batch, num_patches)))
 
-    def bytes_from_one_patch(
+
+class DecoderCrossAttention(CrossAttention):
+    """Each byte reads the slots of the newest closed patch (3.3.1)."""
+
+    def forward(
         self,
         byte_states: Float[Tensor, "batch byte width"],
         slots: Float[Tensor, "batch patch slot width"],
         newest_closed: NewestClosedPatch,
     ) -> Float[Tensor, "batch byte width"]:
-        """Each byte reads the slots of the newest closed patch (decoder, 3.3.1)."""
         queries, keys, values = self._project(byte_states, slots)
         index = _flat_index(newest_closed, slots.shape[1])
         queries = queries.flatten(0, 1)
@@ -126,15 +141,6 @@ class CrossAttention(nn.Module):
         scores = torch.einsum("nhd,nshd->nsh", queries, keys).float() * keys.shape[-1] ** -0.5
         mixed = torch.einsum("nsh,nshd->nhd", scores.softmax(1).to(values.dtype), values)
         return self.o_proj(mixed.flatten(1).unflatten(0, byte_states.shape[:2]))
-
-    def _project(self, queries_from: Tensor, keys_from: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries_from, keys_from = self.q_norm(queries_from), self.k_norm(keys_from)
-        split = (self.num_heads, -1)
-        return (
-            self.q_proj(queries_from).unflatten(-1, split),
-            self.k_proj(keys_from).unflatten(-1, split),
-            self.v_proj(keys_from).unflatten(-1, split),
-        )
 
 
 def _flat_index(patch_ids: PatchIds, num_patches: int) -> Tensor:
@@ -150,4 +156,6 @@ def _flat_index(patch_ids: PatchIds, num_patches: int) -> Tensor:
 def _segment_max(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
     """The largest value of each segment along axis 0; 0 for an empty segment."""
     index = segments.view(-1, *([1] * (values.ndim - 1))).expand_as(values)
-    return values.new_zeros(num_segments, *values.shape[1:]).scatter_reduce(0, index, values, "amax", include_self=False)
+    return values.new_zeros(num_segments, *values.shape[1:]).scatter_reduce(
+        0, index, values, "amax", include_self=False
+    )

@@ -4,7 +4,7 @@ from torch import nn
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import LocalConfig
-from blt.model.attention import CrossAttention
+from blt.model.attention import DecoderCrossAttention
 from blt.model.transformer import Transformer
 from blt.shapes import ByteStates, DocumentIds, LatentStates, Logits, NewestClosedPatch
 
@@ -17,7 +17,7 @@ class LocalDecoder(nn.Module):
         self.slots_per_patch = slots_per_patch
         self.slot_proj = nn.Linear(latent_width, slots_per_patch * config.width, bias=False)
         self.cross_attentions = nn.ModuleList(
-            CrossAttention(config.width, config.num_heads, config.norm_eps) for _ in range(config.num_layers)
+            DecoderCrossAttention(config.width, config.num_heads, config.norm_eps) for _ in range(config.num_layers)
         )
         self.transformer = Transformer(config)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -34,6 +34,6 @@ class LocalDecoder(nn.Module):
         rotation, allowed = self.transformer.rotation_and_mask(documents)
         for cross_attention, layer in zip(self.cross_attentions, self.transformer.layers, strict=True):
             # twice the residual, as in the released weights
-            byte_states = 2 * byte_states + cross_attention.bytes_from_one_patch(byte_states, slots, newest_closed)
+            byte_states = 2 * byte_states + cross_attention(byte_states, slots, newest_closed)
             byte_states = layer(byte_states, rotation, allowed)
         return self.head(self.norm(byte_states)).float()

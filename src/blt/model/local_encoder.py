@@ -1,11 +1,10 @@
 """Bytes and patches -> byte states and patch states (3.2)."""
 
-import torch
 from torch import nn
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import HashEmbeddingsConfig, LocalConfig
-from blt.model.attention import CrossAttention
+from blt.model.attention import EncoderCrossAttention
 from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.transformer import Transformer
 from blt.shapes import ByteIds, ByteStates, DocumentIds, PatchIds, PatchStates
@@ -25,16 +24,14 @@ class LocalEncoder(nn.Module):
         self.hash_embeddings = HashEmbeddings(hash_embeddings, config.width)
         self.transformer = Transformer(config)
         self.slot_proj = nn.Linear(config.width, slots_per_patch * config.width, bias=False)
-        self.cross_attention = CrossAttention(config.width, config.num_heads, config.norm_eps)
+        self.cross_attention = EncoderCrossAttention(config.width, config.num_heads, config.norm_eps)
 
-    def forward(
-        self, byte_ids: ByteIds, patch_ids: PatchIds, documents: DocumentIds
-    ) -> tuple[ByteStates, PatchStates]:
+    def forward(self, byte_ids: ByteIds, patch_ids: PatchIds, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
         byte_states = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
         byte_states = self.transformer(byte_states, documents)
         slots = self.slot_proj(max_over_patches(byte_states, patch_ids)).unflatten(-1, (self.slots_per_patch, -1))
         # twice the residual, as in the released weights: slots + (slots + attention)
-        slots = 2 * slots + self.cross_attention.slots_from_own_bytes(slots, byte_states, patch_ids)
+        slots = 2 * slots + self.cross_attention(slots, byte_states, patch_ids)
         return byte_states, slots.flatten(2)
 
 

@@ -23,7 +23,9 @@ def patch_starts(byte_ids: ByteIds, entropies: Entropies | None, config: Patchin
     positions = positions_in_document(byte_ids)
     if config.uses_entropies:
         if entropies is None or config.threshold_nats is None:
-            raise ValueError(f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first")
+            raise ValueError(
+                f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first"
+            )
         starts = starts_above(entropies, config.threshold_nats, rises=config.rule == "entropy_rise")
         starts = starts | (positions < _always_starts(config))
     elif config.rule == "space":

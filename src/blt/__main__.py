@@ -1,0 +1,3 @@
+from blt.cli import main
+
+main()

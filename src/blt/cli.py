@@ -1,0 +1,476 @@
+"""The command ``blt``: one subcommand per job. Results go to stdout, progress and errors to stderr."""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from blt import __version__
+
+if TYPE_CHECKING:
+    from blt.config import ModelConfig
+    from blt.language_model import LanguageModel
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
+
+app = App(name="blt", help="Byte Latent Transformers: train, measure, run.", version=__version__)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Common:
+    """Options of every command that runs a model."""
+
+    device: str = "auto"
+    "auto, cpu, cuda or mps."
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Of weights and products; auto: bfloat16 on a GPU; the entropy model is always float32."
+    seed: int | None = None
+    "Of everything that is drawn at random; default: the config's, else 0."
+    json: Annotated[bool, Parameter(negative=())] = False
+    "Print one JSON object on stdout and nothing else there."
+    quiet: Annotated[bool, Parameter(negative=())] = False
+    "No progress."
+    debug: Annotated[bool, Parameter(negative=())] = False
+    "Show the traceback of an error."
+
+
+Paths = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
+
+
+@app.command
+def doctor(common: Common = Common()) -> None:
+    """What this machine offers, what is missing, and how to get it."""
+    from blt.doctor import checks
+
+    found = checks()
+    if common.json:
+        _print_json({check.name: {"found": check.found, "fix": check.fix} for check in found})
+        return
+    width = max(len(check.name) for check in found)
+    for check in found:
+        print(f"{check.name:{width}}  {check.found}" + (f"   -> {check.fix}" if check.fix else ""))
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), common: Common = Common()) -> None:
+    """The main job at small scale: trains on Python's own library, evaluates, writes text, draws the picture.
+
+    A demo that was interrupted goes on where it stopped.
+    """
+    from blt.config import read_run_config
+    from blt.report import patched_text, terminal_lines
+
+    config = read_run_config("demo")
+    lm, evaluation = _train(config, out, common, resume=True)
+    prompt = b"def read_lines(path):\n"
+    sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.7, seed=common.seed or 0))
+    text = "import os\n\ndef home():\n    return os.path.expanduser('~')\n"
+    if common.json:
+        _print_json(evaluation | {"sample": sample.decode("utf-8", "replace")})
+        return
+    columns = shutil.get_terminal_size().columns
+    print(f"\nIt writes (temperature 0.7):\n\n{sample.decode('utf-8', 'replace')}\n")
+    print("It reads: | where a patch starts, under each byte how unsure the entropy model was\n")
+    print("\n".join(terminal_lines(patched_text(lm, text), columns)))
+    print(f"\nOn held-out files, in bits per byte:\n{_evaluation_line(evaluation)}")
+    if (out / "report.html").exists():
+        print(f"Curves, samples and patches: {out}/report.html")
+    print(
+        f"\nNext:\n  blt generate {out} 'class Stack:' --temperature 0.7\n"
+        f"  blt patch {out} 'for line in open(path):' -o patches.html\n"
+        "  blt train small --out runs/small"
+    )
+
+
+@app.command
+def train(
+    config: str,
+    *,
+    data: Paths = None,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    out: Path | None = None,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    common: Common = Common(),
+) -> None:
+    """Train an entropy model (unless one is given), calibrate the threshold, train the network.
+
+    Ctrl-C saves; --resume continues to the bit.
+
+    Parameters
+    ----------
+    config
+        A .toml file or the name of a preset: demo, tiny, small, blt_1b, blt_8b.
+    data
+        Files and folders to train on, or stdlib; instead of the config's.
+    raw
+        Take every file as one document of bytes.
+    out
+        The run folder; default runs/NAME.
+    resume
+        Go on with the run in the folder.
+    set_
+        Override a config value, as in --set model.latent.num_layers=4; may be repeated.
+    dry_run
+        Show the resolved config, parameters and FLOPs, and train nothing.
+    """
+    from blt.config import read_run_config, to_toml
+
+    overrides = list(set_ or [])
+    if data is not None:
+        overrides.append(f"data.paths={json.dumps(data)}")
+    if raw:
+        overrides.append("data.raw=true")
+    run_config = read_run_config(config, overrides)
+    if dry_run:
+        if common.json:
+            _print_json(run_config.model_dump(mode="json"))
+            return
+        print(to_toml(run_config))
+        _print_flops(run_config.model, run_config.calibration.target_patch_bytes, run_config.training.row_bytes)
+        return
+    run = out or Path("runs") / Path(config).stem
+    _, evaluation = _train(run_config, run, common, resume)
+    if common.json:
+        _print_json(evaluation)
+    else:
+        print(f"held out, bits per byte: {_evaluation_line(evaluation)}\nthe run is in {run}")
+
+
+@app.command
+def evaluate(
+    model: str,
+    *,
+    data: Paths = None,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    window_bytes: int | None = None,
+    common: Common = Common(),
+) -> None:
+    """Bits per byte over whole files, patch statistics, and gzip -9 and xz -9e on the same bytes.
+
+    Parameters
+    ----------
+    model
+        A run folder, a folder in Hugging Face's blt format, or a hub id.
+    data
+        Files and folders, or stdlib. Default: the documents that the run held out.
+    raw
+        Take every file as one document of bytes.
+    window_bytes
+        Length of the overlapping windows; default: the rows the run trained on, else at most 4096.
+    """
+    from blt import corpus
+    from blt.evaluate import evaluate_inputs
+
+    lm = _load(model, common)
+    if data is None:
+        shard = corpus.open_shard(Path(model) / "corpus", "held_out")
+        inputs = {"held out": list(shard.documents())}
+    else:
+        inputs = {path: [document.data for document in corpus.read_documents([path], raw)] for path in data}
+    window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
+    with _reporter(common) as reporter:
+        figures = evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
+    if common.json:
+        _print_json(figures)
+        return
+    for name, of_input in figures["files"].items():
+        print(f"{name}: {of_input['bytes']:,} bytes, {_evaluation_line(of_input)}")
+    if len(figures["files"]) > 1:
+        print(f"all: {figures['bytes']:,} bytes, {_evaluation_line(figures)}")
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str = "",
+    *,
+    max_bytes: int = 200,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Annotated[list[str] | None, Parameter(negative=())] = None,
+    utf8: Annotated[bool, Parameter(negative=())] = False,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    stats: Annotated[bool, Parameter(negative=())] = False,
+    common: Common = Common(),
+) -> None:
+    """Stream what a model writes after a prompt.
+
+    Parameters
+    ----------
+    prompt
+        The text to continue; - reads it from stdin.
+    max_bytes
+        At most this many new bytes.
+    temperature
+        0 takes the most probable byte each time.
+    top_k
+        Draw only from the k most probable bytes.
+    top_p
+        Draw only from the most probable bytes that together reach this probability.
+    min_p
+        Draw only from bytes at least this fraction as probable as the most probable.
+    stop
+        End before this text; may be repeated.
+    utf8
+        Never leave well-formed UTF-8.
+    raw
+        Write bytes as they are; without it, what is no UTF-8 shows as �.
+    stats
+        Say bytes per second at the end, on stderr.
+    """
+    lm = _load(model, common)
+    data = sys.stdin.buffer.read() if prompt == "-" else prompt
+    started = time.perf_counter()
+    written = bytearray()
+    pieces = lm.stream(
+        data,
+        max_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=common.seed or 0,
+        stop=stop or (),
+        utf8=utf8,
+    )
+    for piece in pieces:
+        written += piece
+        if not common.json:
+            sys.stdout.buffer.write(piece if raw else piece.decode("utf-8", "replace").encode())
+            sys.stdout.buffer.flush()
+    seconds = time.perf_counter() - started
+    speed = len(written) / seconds
+    if common.json:
+        figures = {"text": written.decode("utf-8", "replace"), "bytes": written.hex(), "new_bytes": len(written)}
+        # every byte recomputes the whole row, so the latent transformer ran once for each
+        _print_json(figures | {"seconds": seconds, "bytes_per_second": speed, "latent_calls": len(written)})
+    elif not raw:
+        print()
+    if stats:
+        print(f"{len(written)} bytes in {seconds:.2f} s: {speed:.1f} bytes/s", file=sys.stderr)
+
+
+@app.command
+def patch(
+    model: str,
+    text: str = "-",
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    common: Common = Common(),
+) -> None:
+    """Show how a model cuts a text: entropies under the bytes, | where patches start.
+
+    Parameters
+    ----------
+    text
+        The text; - (the default) reads it from stdin.
+    output
+        Write a picture instead: .svg, .png, .html or .json.
+    """
+    from blt.report import patched_text, save_picture, terminal_lines
+
+    data: str | bytes = sys.stdin.buffer.read() if text == "-" else text
+    if not data:
+        raise ValueError("there is no text to patch; give some, or - to read it from stdin")
+    patched = patched_text(_load(model, common), data)
+    if output is not None:
+        save_picture(patched, output)
+    if common.json:
+        _print_json(patched.as_json())
+    elif output is None:
+        print("\n".join(terminal_lines(patched, shutil.get_terminal_size().columns)))
+        print(f"\n{len(patched.data)} bytes, {len(patched.patches)} patches of {patched.mean_patch_bytes:.2f} bytes")
+
+
+@app.command
+def flops(
+    config: str,
+    *,
+    patch_bytes: float = 4.5,
+    context_bytes: int | None = None,
+    common: Common = Common(),
+) -> None:
+    """Parameters, FLOPs per byte by part (the paper's eq. 13-17, and the entropy model), memory.
+
+    Parameters
+    ----------
+    config
+        A .toml file, a preset's name, or a model.
+    patch_bytes
+        Mean bytes per patch.
+    context_bytes
+        Length of the text; default: all that the model can hold.
+    """
+    from blt.config import preset_names, read_run_config
+
+    if Path(config).is_file() or config in preset_names():
+        model_config = read_run_config(config).model
+    else:
+        from blt.huggingface import read_model_config
+        from blt.language_model import model_folder
+
+        model_config = read_model_config(model_folder(config))
+    context = context_bytes or model_config.max_bytes
+    if common.json:
+        _print_json(_flops_json(model_config, patch_bytes, context))
+    else:
+        _print_flops(model_config, patch_bytes, context)
+
+
+def main() -> None:
+    """Run the command line; errors are one message and an exit code, not a traceback."""
+    arguments = sys.argv[1:]
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(f"{error}\nSee blt {arguments[0] if arguments else ''} --help", USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(FAILED)
+    except (ValueError, OSError, MemoryError) as error:
+        if "--debug" in arguments:
+            raise
+        _fail(_message(error), FAILED)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error}\nRun again with --debug for the traceback", FAILED)
+
+
+def _train(config: Any, run: Path, common: Common, resume: bool) -> tuple["LanguageModel", dict[str, Any]]:
+    """Train, then evaluate on held-out text and write the report."""
+    from blt.checkpoint import write_whole
+    from blt.corpus import open_shard
+    from blt.evaluate import evaluate_inputs
+    from blt.language_model import pick_device
+    from blt.report import can_draw, patched_text, write_report
+    from blt.train import train as train_run
+
+    if common.dtype != "auto":
+        config = config.with_training(dtype=common.dtype)
+    if common.seed is not None:
+        config = config.with_training(seed=common.seed)
+    with _reporter(common) as reporter:
+        lm = train_run(config, run, pick_device(common.device), resume, reporter)
+        documents = open_shard(run / "corpus", "held_out").sample(REPORT_BYTES, seed=0)
+        window = config.training.row_bytes
+        evaluation = evaluate_inputs(lm.predict, {"held out": documents}, window, lm.device, reporter)
+        write_whole(run / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+        if can_draw():
+            write_report(run, patched_text(lm, documents[0][:300]), evaluation)
+        else:
+            reporter.say("no report.html: it needs matplotlib, pip install 'blt-lm[plot]'")
+    return lm, evaluation
+
+
+def _load(model: str, common: Common) -> "LanguageModel":
+    from blt.language_model import load
+
+    return load(model, device=common.device, dtype=common.dtype)
+
+
+def _trained_row_bytes(model: str) -> int | None:
+    """The length of the rows a run was trained on; None for a model that is no run here."""
+    from blt.config import read_run_config
+
+    config_file = Path(model) / "config.toml"
+    return read_run_config(config_file).training.row_bytes if config_file.is_file() else None
+
+
+def _reporter(common: Common) -> Any:
+    from blt.progress import Reporter
+
+    return Reporter(common.quiet)
+
+
+def _evaluation_line(figures: dict[str, Any]) -> str:
+    model, gzip, xz = (figures[f"{name}bits_per_byte"] for name in ("", "gzip_", "xz_"))
+    entropy_model = figures["entropy_model_bits_per_byte"]
+    own = "" if entropy_model is None else f"  entropy model {entropy_model:.3f}"
+    return f"BLT {model:.3f}{own}  gzip -9 {gzip:.3f}  xz -9e {xz:.3f}  patches {figures['mean_patch_bytes']:.2f} bytes"
+
+
+def _flops_json(config: "ModelConfig", patch_bytes: float, context_bytes: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from blt import flops as count
+
+    per_byte = count.flops_per_byte(config, patch_bytes, context_bytes)
+    return {
+        "parameters": count.parameter_counts(config),
+        "mean_patch_bytes": patch_bytes,
+        "context_bytes": context_bytes,
+        "flops_per_byte": {part: {"inference": i, "training": t} for part, i, t in per_byte.rows()},
+        "savings": [asdict(row) for row in count.saving_table(config, context_bytes=context_bytes)],
+        "weight_bytes_bfloat16": count.weight_bytes(config),
+        "training_bytes": count.training_bytes(config),
+        "cache_bytes_per_byte": count.cache_bytes_per_byte(config, patch_bytes, context_bytes),
+    }
+
+
+def _print_flops(config: "ModelConfig", patch_bytes: float, context_bytes: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counted = _flops_json(config, patch_bytes, context_bytes)
+    console = Console()
+    table = Table("part", "parameters", title="Parameters")
+    for part, number in counted["parameters"].items():
+        table.add_row(part, f"{number:,}")
+    console.print(table)
+    title = f"FLOPs per byte, patches of {patch_bytes} bytes, {context_bytes:,} bytes of context"
+    table = Table("part", "inference", "training", title=title)
+    for part, figures in counted["flops_per_byte"].items():
+        table.add_row(part, f"{figures['inference']:,.0f}", f"{figures['training']:,.0f}")
+    console.print(table)
+    table = Table(
+        "patch",
+        "FLOPs per byte",
+        "token model",
+        "saved",
+        "saved, entropy model left out",
+        title="Inference against a token model of the same latent size, 4.4 bytes per token",
+    )
+    for row in counted["savings"]:
+        table.add_row(
+            f"{row['mean_patch_bytes']}",
+            f"{row['blt_flops_per_byte']:,.0f}",
+            f"{row['token_model_flops_per_byte']:,.0f}",
+            f"{row['saved_fraction']:.1%}",
+            f"{row['saved_fraction_without_entropy_model']:.1%}",
+        )
+    console.print(table)
+    console.print(
+        f"Memory: weights {counted['weight_bytes_bfloat16'] / 1e9:.3f} GB in bfloat16; AdamW training "
+        f"{counted['training_bytes'] / 1e9:.3f} GB before activations; caches "
+        f"{counted['cache_bytes_per_byte']['total'] / 1e3:.1f} kB per byte of text"
+    )
+
+
+def _print_json(figures: dict[str, Any]) -> None:
+    print(json.dumps(figures))
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"blt: {message}", file=sys.stderr)
+    sys.exit(code)
