@@ -1,6 +1,6 @@
 """Every tensor that crosses a module boundary, by name: the glossary to read first.
 
-Axis names: ``batch`` rows; ``byte`` positions in a row of ids, BOS and EOS included; ``byte+1`` the same and the next,
+Axis names: ``batch`` rows; ``byte`` positions in a row of ids, BOS and EOS included; ``byte_or_next`` those and the next,
 unknown one; ``patch`` patches of a row; ``slot`` vectors that stand for one patch in cross-attention (the paper's k).
 Tests check these types at every call (tests/conftest.py).
 """
@@ -14,11 +14,11 @@ DocumentIds = Int[Tensor, "batch position"]  # 0, 1, 2, ...: which document of i
 
 # entropies
 EntropyLogits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
-Entropies = Float[Tensor, "batch byte+1"]  # nats; entry t: doubt about id t given ids < t; entry 0 is nan
+Entropies = Float[Tensor, "batch byte_or_next"]  # nats; entry t: doubt about id t given ids < t; entry 0 is nan
 
 # patches
 PatchStarts = Bool[
-    Tensor, "batch byte+1"
+    Tensor, "batch byte_or_next"
 ]  # entry t: does id t start a patch; the last entry is about the unknown next id
 PatchIds = Int[Tensor, "batch byte"]  # the patch that holds byte t, counted from 0 in its row
 NewestClosedPatch = Int[

@@ -38,6 +38,7 @@ class LocalEncoder(nn.Module):
 def max_over_patches(byte_states: ByteStates, patch_ids: PatchIds) -> PatchStates:
     """The element-wise maximum over each patch's bytes; 0 for the empty patches beyond a row's last.
 
+    >>> import torch
     >>> states = torch.tensor([[[1.0, 0.0], [2.0, -3.0], [0.5, -1.0]]])
     >>> max_over_patches(states, torch.tensor([[0, 1, 1]])).tolist()
     [[[1.0, 0.0], [2.0, -1.0]]]
