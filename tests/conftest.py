@@ -3,7 +3,137 @@
 Configs and flops hold no tensors, and pydantic checks its own.
 """
 
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
 import jaxtyping
+import pytest
 
 _WITH_TENSORS = ("byte_ids", "corpus", "evaluate", "generate", "language_model", "model", "train")
 jaxtyping.install_import_hook([f"blt.{module}" for module in _WITH_TENSORS], "beartype.beartype")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind: its exit code, what stood on stdout and on stderr."""
+
+    code: int
+    stdout: bytes
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout; anything else there raises."""
+        assert self.code == 0, self.stderr
+        found = json.loads(self.stdout)
+        assert isinstance(found, dict)
+        return found
+
+
+def run_blt(*arguments: object, stdin: bytes = b"") -> Finished:
+    """``blt ARGUMENTS`` in this process."""
+    from blt.cli import main
+
+    given, out, errors = io.TextIOWrapper(io.BytesIO(stdin), "utf-8"), io.BytesIO(), io.StringIO()
+    written, code = io.TextIOWrapper(out, "utf-8"), 0
+    patched = (
+        mock.patch.object(sys, "argv", ["blt", *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", given),
+        contextlib.redirect_stdout(written),
+        contextlib.redirect_stderr(errors),
+    )
+    with contextlib.ExitStack() as stack:
+        for context in patched:
+            stack.enter_context(context)
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    written.flush()
+    return Finished(code, out.getvalue(), errors.getvalue())
+
+
+@pytest.fixture(scope="session")
+def blt_command() -> Callable[..., Finished]:
+    return run_blt
+
+
+TINY_RUN = """
+[data]
+paths = [{paths}]
+held_out_fraction = 0.3
+[model]
+max_bytes = 512
+[model.entropy_model]
+window_positions = 32
+{stack}
+[model.hash_embeddings]
+ngram_bytes = [3, 4]
+table_rows = 64
+[model.local_encoder]
+{stack}
+[model.latent]
+{stack}
+[model.local_decoder]
+{stack}
+[entropy_training]
+{steps}
+[calibration]
+target_patch_bytes = 3.0
+sample_bytes = 1000
+[training]
+{steps}
+evaluation_bytes = 500
+"""
+TINY_STACK = "num_layers = 1\nwidth = 16\nnum_heads = 2\nffn_width = 24"
+TINY_STEPS = (
+    "total_bytes = 2560\nrow_bytes = 32\nrows_per_step = 4\nlearning_rate = 1e-2\nwarmup_steps = 2\n"
+    'dtype = "float32"\nsteps_per_report = 10'
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config for ``blt train`` whose run takes a second; its text is eight files, one not UTF-8, and an empty one."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = folder / "text"
+    text.mkdir()
+    words = random.Random(0).choices(["def", "return", "x", "y", "=", "+", "(", ")", ":", "\n    ", "valué"], k=4000)
+    for part in range(8):
+        written = " ".join(words[part * 500 : (part + 1) * 500])
+        (text / f"{part}.txt").write_bytes(written.encode("latin-1" if part == 0 else "utf-8"))
+    (text / "empty.txt").touch()
+    config = folder / "tiny.toml"
+    config.write_text(TINY_RUN.format(paths=json.dumps(str(text)), stack=TINY_STACK, steps=TINY_STEPS))
+    return config
+
+
+@dataclass(frozen=True)
+class Training:
+    """The run folder of a finished ``blt train``, to be read only, and what the command printed."""
+
+    run: Path
+    finished: Finished
+
+
+@pytest.fixture(scope="session")
+def tiny_training(tiny_toml: Path) -> Training:
+    run = tiny_toml.parent / "run"
+    finished = run_blt("train", tiny_toml, "--out", run, "--json")
+    assert finished.code == 0, finished.stderr
+    return Training(run, finished)
+
+
+@pytest.fixture
+def trained_run(tiny_training: Training, tmp_path: Path) -> Path:
+    """A copy of the tiny run, to do anything with."""
+    return Path(shutil.copytree(tiny_training.run, tmp_path / "run"))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 
@@ -39,7 +40,7 @@ def save_state(
     try:
         with _one_process():
             dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         _remove_partial(folder)
         raise OSError(
             f"the training state could not be written to {folder} ({_reason(error)}); free some space and go on with "
@@ -76,7 +77,7 @@ def load_state(
     try:
         with _one_process():
             dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # theirs is a BaseException
         raise ValueError(
             f"{path} is damaged or of another model ({_reason(error)}); delete it to start this part again"
         ) from error
@@ -97,6 +98,6 @@ def _remove_partial(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     text = str(error.__cause__ or error).strip().splitlines()
     return text[-1] if text else type(error).__name__

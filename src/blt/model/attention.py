@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from blt.model.norm import RMSNorm
 from blt.shapes import DocumentIds, MayAttend, NewestClosedPatch, PatchIds
 
 Rotation = Complex[Tensor, "position half_head_dim"]
@@ -83,8 +84,8 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, norm_eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_norm = nn.RMSNorm(width, eps=norm_eps)
-        self.k_norm = nn.RMSNorm(width, eps=norm_eps)
+        self.q_norm = RMSNorm(width, eps=norm_eps)
+        self.k_norm = RMSNorm(width, eps=norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)

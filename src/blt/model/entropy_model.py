@@ -5,6 +5,7 @@ from torch import nn
 
 from blt.byte_ids import NEWLINE, VOCAB_SIZE, document_ids
 from blt.config import EntropyModelConfig
+from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer
 from blt.shapes import ByteIds, DocumentIds, Entropies, EntropyLogits
 
@@ -17,7 +18,7 @@ class EntropyModel(nn.Module):
         self.config = config
         self.byte_embedding = nn.Embedding(VOCAB_SIZE, config.width)
         self.transformer = Transformer(config)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, VOCAB_SIZE, bias=False)
 
     def forward(self, byte_ids: ByteIds) -> EntropyLogits:

@@ -5,6 +5,7 @@ from torch import nn
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import LocalConfig
 from blt.model.attention import DecoderCrossAttention
+from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer
 from blt.shapes import ByteStates, DocumentIds, LatentStates, Logits, NewestClosedPatch
 
@@ -20,7 +21,7 @@ class LocalDecoder(nn.Module):
             DecoderCrossAttention(config.width, config.num_heads, config.norm_eps) for _ in range(config.num_layers)
         )
         self.transformer = Transformer(config)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, VOCAB_SIZE, bias=False)
 
     def forward(

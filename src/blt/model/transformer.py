@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from blt.config import TransformerConfig
 from blt.model.attention import Rotation, SelfAttention, may_attend, rotary_rotation
+from blt.model.norm import RMSNorm
 from blt.shapes import DocumentIds, MayAttend
 
 States = Float[Tensor, "batch position width"]
@@ -30,9 +31,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = SelfAttention(config.width, config.num_heads)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = SwiGLU(config.width, config.ffn_width)
 
     def forward(self, states: States, rotation: Rotation, allowed: MayAttend | None) -> States:
