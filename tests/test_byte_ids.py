@@ -1,6 +1,5 @@
 """Byte ids stand for bytes, all of them, and UTF-8 is what Python's own decoder says it is."""
 
-import codecs
 import itertools
 import os
 from functools import cache
@@ -83,24 +82,38 @@ def test_positions_start_anew_after_an_eos_and_reach_the_unknown_next_id(rows: l
     assert positions_in_document(torch.tensor(rows)).tolist() == expected
 
 
+TAILS = [bytes(tail) for length in range(4) for tail in itertools.product(b"\x80\x90\xbf", repeat=length)]
+
+
+def is_utf8(data: bytes) -> bool:
+    return data.decode(errors="ignore").encode() == data
+
+
+@cache
+def begins_a_character(data: bytes) -> bool:
+    """Whether some tail makes one character of these bytes, says Python's strict decoder."""
+    for tail in TAILS:
+        try:
+            if len((data + tail).decode()) == 1:
+                return True
+        except UnicodeDecodeError:
+            continue
+    return False
+
+
+@cache
 def undecided(data: bytes) -> bytes:
-    """The bytes at the end that Python's decoder keeps back, because they may become a character."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(data)
-    return decoder.getstate()[0]
+    """The bytes at the end that later ones can still make a character of."""
+    for length in (3, 2, 1):
+        if len(data) >= length and data[-length] > 0x7F and begins_a_character(data[-length:]):
+            return b"" if is_utf8(data[-length:]) else data[-length:]
+    return b""
 
 
 @cache
 def accepted_next(begun: bytes) -> frozenset[int]:
-    """The bytes that Python's strict decoder takes after the begun character."""
-    accepted = set()
-    for byte in range(256):
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(begun + bytes([byte]))
-        except UnicodeDecodeError:
-            continue
-        accepted.add(byte)
-    return frozenset(accepted)
+    """The bytes that lead on from the begun character, or, where none is begun, begin one."""
+    return frozenset(byte for byte in range(256) if begins_a_character(begun + bytes([byte])))
 
 
 def agrees_with_python(data: bytes) -> bool:
