@@ -11,8 +11,6 @@ from torch import Tensor
 
 from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS
 from blt.config import EntropyModelConfig, LocalConfig, ModelConfig, PatchingConfig, TransformerConfig
-from blt.model.byte_latent_transformer import ByteLatentTransformer
-from blt.model.entropy_model import EntropyModel
 from blt.model.patching import patch_starts
 
 NUM_IDS = 32
@@ -39,11 +37,9 @@ RULES = {
 
 
 class Model:
-    """A random entropy model and network with a threshold that no rounding can cross."""
+    """A random entropy model and network, and a threshold in a gap between the entropies of random rows."""
 
     def __init__(self, config: ModelConfig, patching: PatchingConfig) -> None:
-        self.entropy_model: EntropyModel
-        self.network: ByteLatentTransformer
         self.entropy_model, self.network = random_models(config)
         if patching.rule == "entropy":
             entropies = torch.cat([self.entropies(random_row(NUM_IDS, seed))[0] for seed in range(4)])
@@ -142,7 +138,9 @@ def test_the_start_of_the_next_byte_decides_which_patch_a_byte_reads(model: Mode
 
 
 def test_rows_of_a_batch_have_the_entropies_starts_and_logits_they_have_alone(model: Model) -> None:
-    rows = [random_row(NUM_IDS, seed=seed, eos_at=eos_at) for seed, eos_at in ((0, ()), (1, (10,)), (2, (31,)))]
+    rows = [
+        random_row(NUM_IDS, seed=seed, eos_at=eos_at) for seed, eos_at in ((0, ()), (1, (10,)), (2, (31,)), (4, ()))
+    ]
     batch = torch.cat(rows)
     entropies, starts = model.entropies(batch), model.starts(batch)
     assert len(starts[:, :-1].sum(1).unique()) > 1

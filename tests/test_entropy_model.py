@@ -37,7 +37,7 @@ def test_an_entropy_is_minus_the_sum_of_p_ln_p_of_the_prediction_one_id_earlier(
     exponentials = logits.exp()
     p = exponentials / exponentials.sum(-1, keepdim=True)
     torch.testing.assert_close(entropies[:, 1:].double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
-    assert 0 < entropies[:, 1:].min() and entropies[:, 1:].max() < math.log(VOCAB_SIZE)
+    assert entropies[:, 1:].min() > 0 and entropies[:, 1:].max() < math.log(VOCAB_SIZE)
 
 
 def test_a_model_that_knows_nothing_has_the_entropy_of_260_equal_chances_and_a_sure_one_has_none() -> None:

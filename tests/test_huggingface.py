@@ -271,6 +271,14 @@ def test_transformers_writes_back_the_weights_it_read_from_us(tmp_path: Path) ->
     assert load_model(tmp_path / "theirs", torch.float32)[0] == PROJECTED
 
 
+def test_weights_that_transformers_splits_over_files_are_read_from_all_of_them(tmp_path: Path) -> None:
+    weights = save_random(tmp_path / "ours", PROJECTED)
+    BltForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "split", max_shard_size="20KB")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
+    _, entropy_model, network = load_model(tmp_path / "split", torch.float32)
+    assert_equal_weights(named_weights(entropy_model, network), weights)
+
+
 def test_only_the_network_is_loaded_in_a_narrow_dtype(tmp_path: Path) -> None:
     save_random(tmp_path, SHORT_WINDOWS)
     _, entropy_model, network = load_model(tmp_path, torch.bfloat16)

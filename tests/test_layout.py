@@ -15,7 +15,7 @@ import blt
 PACKAGE = Path(blt.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SAYS_NOTHING = {"utils", "util", "common", "core", "base", "helpers", "helper", "types", "ops", "misc"}
-ABBREVIATED = {"bs", "seq_len", "embeds", "h_cross", "cross_attn_k", "toks", "cfg", "mask"}  # the handbook's table
+ABBREVIATED = {"bs", "seq_len", "embeds", "h_cross", "cross_attn_k", "toks", "cfg"}  # the handbook's table
 LONGEST_FILE, LONGEST_FUNCTION = 450, 90
 
 
@@ -38,10 +38,8 @@ def test_no_file_or_folder_has_a_name_that_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_no_function_or_class_has_a_name_that_says_nothing(path: Path) -> None:
-    tree = ast.parse(path.read_text("utf-8"))
-    defined = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert not [name for name in defined if name.strip("_").lower() in SAYS_NOTHING]
+def test_no_function_has_a_name_that_says_nothing(path: Path) -> None:
+    assert not [node.name for node in functions(path) if node.name.strip("_") in SAYS_NOTHING]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

@@ -133,7 +133,7 @@ def test_the_page_of_a_text_shows_its_cells_and_runs_nothing(text: PatchedText) 
     cells = parsed.texts[: len(text.data)]
     assert cells == visible_bytes(text.data)
     shades = [attributes["class"] for tag, attributes in parsed.tags if tag == "span"]
-    changes = sum(a != b for a, b in zip(shades, shades[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(shades))
     assert changes == len(text.patches) - 1
 
 
