@@ -18,7 +18,7 @@ from unittest import mock
 import jaxtyping
 import pytest
 
-_WITH_TENSORS = ("byte_ids", "corpus", "evaluate", "generate", "language_model", "model", "train")
+_WITH_TENSORS = ("byte_ids", "corpus", "evaluate", "generate", "language_model", "model", "optimise", "train")
 jaxtyping.install_import_hook([f"blt.{module}" for module in _WITH_TENSORS], "beartype.beartype")
 
 

@@ -18,8 +18,9 @@ from blt.config import RunConfig, TrainingConfig
 from blt.corpus import num_rows, open_shard, row_ids
 from blt.language_model import LanguageModel, load
 from blt.model.patching import mean_patch_bytes
+from blt.optimise import Metrics, build_optimizer, learning_rate_factor, next_id_loss
 from blt.progress import Reporter
-from blt.train import Metrics, build_optimizer, learning_rate_factor, next_id_loss, train
+from blt.train import train
 
 CPU = torch.device("cpu")
 STACK = {"num_layers": 1, "width": 16, "num_heads": 2, "ffn_width": 24}

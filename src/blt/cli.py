@@ -313,6 +313,7 @@ def flops(
         Length of the text; default: all that the model can hold.
     """
     from blt.config import preset_names, read_run_config
+    from blt.flops import summary
 
     if Path(config).is_file() or config in preset_names():
         model_config = read_run_config(config).model
@@ -323,7 +324,7 @@ def flops(
         model_config = read_model_config(model_folder(config))
     context = context_bytes or model_config.max_bytes
     if common.json:
-        _print_json(_flops_json(model_config, patch_bytes, context))
+        _print_json(summary(model_config, patch_bytes, context))
     else:
         _print_flops(model_config, patch_bytes, context)
 
@@ -403,29 +404,13 @@ def _evaluation_line(figures: dict[str, Any]) -> str:
     return f"BLT {model:.3f}{own}  gzip -9 {gzip:.3f}  xz -9e {xz:.3f}  patches {figures['mean_patch_bytes']:.2f} bytes"
 
 
-def _flops_json(config: "ModelConfig", patch_bytes: float, context_bytes: int) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from blt import flops as count
-
-    per_byte = count.flops_per_byte(config, patch_bytes, context_bytes)
-    return {
-        "parameters": count.parameter_counts(config),
-        "mean_patch_bytes": patch_bytes,
-        "context_bytes": context_bytes,
-        "flops_per_byte": {part: {"inference": i, "training": t} for part, i, t in per_byte.rows()},
-        "savings": [asdict(row) for row in count.saving_table(config, context_bytes=context_bytes)],
-        "weight_bytes_bfloat16": count.weight_bytes(config),
-        "training_bytes": count.training_bytes(config),
-        "cache_bytes_per_byte": count.cache_bytes_per_byte(config, patch_bytes, context_bytes),
-    }
-
-
 def _print_flops(config: "ModelConfig", patch_bytes: float, context_bytes: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    counted = _flops_json(config, patch_bytes, context_bytes)
+    from blt.flops import summary
+
+    counted = summary(config, patch_bytes, context_bytes)
     console = Console()
     table = Table("part", "parameters", title="Parameters")
     for part, number in counted["parameters"].items():

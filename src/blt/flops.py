@@ -13,6 +13,7 @@ addition are 2 FLOPs, table lookups and elementwise work are 0. Where we count o
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from blt.config import ModelConfig, TransformerConfig
 
@@ -235,6 +236,21 @@ def cache_bytes_per_byte(
     caches["local_decoder"] = _cached_numbers(config.local_decoder, context_bytes)
     caches["total"] = sum(caches.values())
     return {part: bytes_per_number * numbers / context_bytes for part, numbers in caches.items()}
+
+
+def summary(config: ModelConfig, mean_patch_bytes: float, context_bytes: int) -> dict[str, Any]:
+    """Everything this module counts, as ``blt flops --json`` prints it."""
+    per_byte = flops_per_byte(config, mean_patch_bytes, context_bytes)
+    return {
+        "parameters": parameter_counts(config),
+        "mean_patch_bytes": mean_patch_bytes,
+        "context_bytes": context_bytes,
+        "flops_per_byte": {part: {"inference": i, "training": t} for part, i, t in per_byte.rows()},
+        "savings": [asdict(row) for row in saving_table(config, context_bytes=context_bytes)],
+        "weight_bytes_bfloat16": weight_bytes(config),
+        "training_bytes": training_bytes(config),
+        "cache_bytes_per_byte": cache_bytes_per_byte(config, mean_patch_bytes, context_bytes),
+    }
 
 
 def _cached_numbers(config: TransformerConfig, context_positions: float) -> float:

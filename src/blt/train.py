@@ -1,23 +1,16 @@
-"""Text -> a trained model: entropy model, threshold, network, in one run folder, by one loop for both networks."""
+"""Text -> a trained model: entropy model, threshold, network, in one run folder."""
 
-import json
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from blt import corpus
-from blt.byte_ids import BOS
-from blt.checkpoint import load_state, save_state, saved_steps, write_whole
+from blt.checkpoint import saved_steps, write_whole
 from blt.config import ModelConfig, RunConfig, TrainingConfig, read_run_config, to_toml
 from blt.evaluate import score_documents, total_score
 from blt.flops import flops_per_byte
@@ -27,25 +20,12 @@ from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
+from blt.optimise import Job, Metrics, next_id_loss, optimise, stop_after_this_step
 from blt.progress import Reporter
 from blt.shapes import ByteIds, PatchStarts
 
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
-
-
-@dataclass(frozen=True)
-class Job:
-    """One network to optimise: what the loop needs to know of it."""
-
-    name: str
-    model: nn.Module
-    config: TrainingConfig
-    state_folder: Path
-    loss: Callable[[ByteIds], tuple[Tensor, int]]  # rows -> summed nats over their targets, patches
-    evaluate: Callable[[], dict[str, Any]]  # held-out figures for metrics.jsonl
-    save_model: Callable[[], None]
-    flops_per_byte: Callable[[float], float]  # mean patch bytes -> training FLOPs
 
 
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
@@ -75,151 +55,6 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     return lm
 
 
-def optimise(
-    job: Job,
-    shard: corpus.ByteShard,
-    metrics: "Metrics",
-    reporter: Reporter,
-    stop_requested: Callable[[], bool],
-) -> None:
-    """The training loop: resumes from the newest state in the job's folder, and continues to the bit."""
-    config, device = job.config, next(job.model.parameters()).device
-    optimizer = build_optimizer(job.model, config)
-    reader = corpus.BatchReader(shard, config.row_bytes, config.rows_per_step, config.seed)
-    step, window = 0, ReportWindow()
-    if saved_steps(job.state_folder):
-        step, position = load_state(job.state_folder, job.model, optimizer, reader.state() | window.state())
-        reader.restore(position)
-        window = ReportWindow(**{name: position[name] for name in window.state()})
-    metrics.forget_after(job.name, step)
-    job.model.train()
-    while step < config.total_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
-        norm = train_step(job, optimizer, reader.next_batch().to(device), window)
-        step += 1
-        last, stopping = step == config.total_steps, stop_requested()
-        position = {"phase": job.name, "step": step, "bytes_seen": step * config.bytes_per_step}
-        if step % config.steps_per_report == 0 or last:
-            if not math.isfinite(norm):
-                raise ValueError(
-                    f"the {job.name}'s gradient became {norm} at step {step}; start again with a lower learning_rate"
-                )
-            figures = window.close(job.flops_per_byte)
-            learning_rate = optimizer.param_groups[0]["lr"]
-            metrics.write(position | figures | {"learning_rate": learning_rate, "gradient_norm": norm})
-            reporter.show(job.name, step, config.total_steps, figures_line(position | figures))
-        if step % config.steps_per_evaluation == 0 or last:
-            held_out = job.evaluate()
-            metrics.write(position | held_out)
-            reporter.say(f"{job.name}: {held_out['valid_bits_per_byte']:.4f} bits per held-out byte at step {step}")
-            job.model.train()
-        if step % config.steps_per_save == 0 or last or stopping:
-            job.save_model()
-            save_state(job.state_folder, step, job.model, optimizer, reader.state() | window.state())
-        if stopping and not last:
-            reporter.say(f"stopped after step {step} of the {job.name}; everything is saved, go on with --resume")
-            raise KeyboardInterrupt
-    job.model.eval()
-
-
-def train_step(job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, window: "ReportWindow") -> float:
-    """One update from rows of ``row_bytes + 1`` ids; the gradient's norm before clipping."""
-    started = time.perf_counter()
-    num_targets = int((rows[:, 1:] > BOS).sum())
-    autocast = torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=job.config.dtype == "bfloat16")
-    for part in rows.chunk(job.config.micro_batches):
-        with autocast:
-            nats, patches = job.loss(part)
-        (nats / num_targets).backward()
-        window.nats += float(nats.detach())
-        window.patches += patches
-    norm = nn.utils.clip_grad_norm_(job.model.parameters(), job.config.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    window.targets += num_targets
-    window.bytes += rows[:, 1:].numel()
-    window.seconds += time.perf_counter() - started
-    return float(norm)
-
-
-@dataclass
-class ReportWindow:
-    """Sums over the steps since the last report, and the FLOPs since the first; part of the training state."""
-
-    nats: float = 0.0
-    targets: int = 0
-    bytes: int = 0
-    patches: int = 0
-    seconds: float = 0.0  # spent in training steps
-    flops: float = 0.0
-    total_seconds: float = 0.0
-
-    def state(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def close(self, flops_per_byte: Callable[[float], float]) -> dict[str, float]:
-        """The figures of these steps; the next window starts here. ``train_bits_per_byte`` counts EOS as a byte."""
-        mean_patch = self.bytes / self.patches if self.patches else math.nan
-        self.flops += flops_per_byte(mean_patch) * self.bytes
-        self.total_seconds += self.seconds
-        figures = {
-            "train_bits_per_byte": self.nats / self.targets / math.log(2),
-            "bytes_per_second": self.bytes / self.seconds,
-            "train_seconds": self.total_seconds,
-            "train_flops": self.flops,
-        }
-        if self.patches:
-            figures["mean_patch_bytes"] = mean_patch
-        self.nats, self.targets, self.bytes, self.patches, self.seconds = 0.0, 0, 0, 0, 0.0
-        return figures
-
-
-def figures_line(report: dict[str, Any]) -> str:
-    """One report as a person reads it."""
-    patches = f"  patches {report['mean_patch_bytes']:.2f} B" if "mean_patch_bytes" in report else ""
-    return (
-        f"{report['bytes_seen'] / 1e6:.2f} MB  {report['train_bits_per_byte']:.3f} bits/byte"
-        f"{patches}  {report['bytes_per_second'] / 1e3:.1f} kB/s"
-    )
-
-
-def learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    """The share of the peak learning rate that step ``step`` (from 0) uses.
-
-    >>> config = TrainingConfig(total_bytes=8, row_bytes=4, rows_per_step=1, warmup_steps=1)
-    >>> [learning_rate_factor(step, config.model_copy(update={"total_bytes": 20})) for step in (0, 1, 3)]
-    [1.0, 1.0, 0.5]
-    """
-    warmup, total = min(config.warmup_steps, config.total_steps), config.total_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    decay_steps = max(1, round(config.decay_fraction * total))
-    return min(1.0, (total - step) / decay_steps)
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, norms and embedding tables do not, and tables may have their own rate."""
-    tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    matrices = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}
-    rate, table_rate = config.learning_rate, config.table_learning_rate or config.learning_rate
-    everything = list(model.parameters())
-    groups = [
-        {"params": [p for p in everything if id(p) in matrices], "peak_lr": rate, "weight_decay": config.weight_decay},
-        {"params": [p for p in everything if id(p) in tables], "peak_lr": table_rate, "weight_decay": 0.0},
-        {"params": [p for p in everything if id(p) not in matrices | tables], "peak_lr": rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=config.adam_eps, fused=True)
-
-
-def next_id_loss(logits: Tensor, targets: ByteIds) -> Tensor:
-    """Summed nats over bytes and EOS; padding and the BOS that follows an EOS are nobody's business."""
-    targets = targets.masked_fill(targets <= BOS, -100)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-
-
 def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpus.ByteShard, corpus.ByteShard]:
     """The run's training and held-out shards, built at the first start."""
     folder = run / "corpus"
@@ -232,52 +67,6 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
             f"{summary.documents['held_out']:,}, {summary.bytes['held_out'] / 1e6:.2f} MB held out{skipped}"
         )
     return corpus.open_shard(folder, "train"), corpus.open_shard(folder, "held_out")
-
-
-class Metrics:
-    """metrics.jsonl: one object per report or evaluation."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, report: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All reports; a last line that a dying process cut is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text("utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
-
-    def forget_after(self, phase: str, step: int) -> None:
-        """Drop what a run that died reported after the state it goes on from."""
-        reports = self.read()
-        kept = [report for report in reports if report["phase"] != phase or report["step"] <= step]
-        if self.path.exists():
-            write_whole(self.path, "".join(json.dumps(report) + "\n" for report in kept))
-
-
-@contextmanager
-def stop_after_this_step() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM ask to stop after the step in progress; a second Ctrl-C stops at once."""
-    requested = False
-
-    def request(signal_number: int, frame: object) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, request) for number in numbers}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def resolve_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfig:
@@ -403,7 +192,7 @@ def _calibrated(
     entropy_model: EntropyModel | None,
     train_shard: corpus.ByteShard,
     held_out: corpus.ByteShard,
-    metrics: "Metrics",
+    metrics: Metrics,
     reporter: Reporter,
 ) -> ModelConfig:
     """The model config with its threshold: the config's own, or the one that gives the target mean patch size."""
