@@ -13,7 +13,6 @@ from cyclopts import App, CycloptsError, Parameter
 from blt import __version__
 
 if TYPE_CHECKING:
-    from blt.config import ModelConfig
     from blt.language_model import LanguageModel
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -123,6 +122,7 @@ def train(
         Show the resolved config, parameters and FLOPs, and train nothing.
     """
     from blt.config import read_run_config, to_toml
+    from blt.flops import summary
 
     overrides = list(set_ or [])
     if data is not None:
@@ -135,7 +135,8 @@ def train(
             _print_json(run_config.model_dump(mode="json"))
             return
         print(to_toml(run_config))
-        _print_flops(run_config.model, run_config.calibration.target_patch_bytes, run_config.training.row_bytes)
+        patch_bytes = run_config.model.patching.patch_bytes or run_config.calibration.target_patch_bytes
+        _print_flops(summary(run_config.model, patch_bytes, run_config.training.row_bytes))
         return
     run = out or Path("runs") / Path(config).stem
     _, evaluation = _train(run_config, run, common, resume)
@@ -323,10 +324,11 @@ def flops(
 
         model_config = read_model_config(model_folder(config))
     context = context_bytes or model_config.max_bytes
+    counted = summary(model_config, patch_bytes, context)
     if common.json:
-        _print_json(summary(model_config, patch_bytes, context))
+        _print_json(counted)
     else:
-        _print_flops(model_config, patch_bytes, context)
+        _print_flops(counted)
 
 
 def main() -> None:
@@ -404,45 +406,14 @@ def _evaluation_line(figures: dict[str, Any]) -> str:
     return f"BLT {model:.3f}{own}  gzip -9 {gzip:.3f}  xz -9e {xz:.3f}  patches {figures['mean_patch_bytes']:.2f} bytes"
 
 
-def _print_flops(config: "ModelConfig", patch_bytes: float, context_bytes: int) -> None:
+def _print_flops(counted: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    from blt.flops import summary
+    from blt.flops import tables
 
-    counted = summary(config, patch_bytes, context_bytes)
     console = Console()
-    table = Table("part", "parameters", title="Parameters")
-    for part, number in counted["parameters"].items():
-        table.add_row(part, f"{number:,}")
-    console.print(table)
-    title = f"FLOPs per byte, patches of {patch_bytes} bytes, {context_bytes:,} bytes of context"
-    table = Table("part", "inference", "training", title=title)
-    for part, figures in counted["flops_per_byte"].items():
-        table.add_row(part, f"{figures['inference']:,.0f}", f"{figures['training']:,.0f}")
-    console.print(table)
-    table = Table(
-        "patch",
-        "FLOPs per byte",
-        "token model",
-        "saved",
-        "saved, entropy model left out",
-        title="Inference against a token model of the same latent size, 4.4 bytes per token",
-    )
-    for row in counted["savings"]:
-        table.add_row(
-            f"{row['mean_patch_bytes']}",
-            f"{row['blt_flops_per_byte']:,.0f}",
-            f"{row['token_model_flops_per_byte']:,.0f}",
-            f"{row['saved_fraction']:.1%}",
-            f"{row['saved_fraction_without_entropy_model']:.1%}",
-        )
-    console.print(table)
-    console.print(
-        f"Memory: weights {counted['weight_bytes_bfloat16'] / 1e9:.3f} GB in bfloat16; AdamW training "
-        f"{counted['training_bytes'] / 1e9:.3f} GB before activations; caches "
-        f"{counted['cache_bytes_per_byte']['total'] / 1e3:.1f} kB per byte of text"
-    )
+    for table in tables(counted):
+        console.print(table)
 
 
 def _print_json(figures: dict[str, Any]) -> None:

@@ -253,6 +253,35 @@ def summary(config: ModelConfig, mean_patch_bytes: float, context_bytes: int) ->
     }
 
 
+def tables(counted: dict[str, Any]) -> list[Any]:
+    """A summary as rich tables for a terminal, and a line about memory."""
+    from rich.table import Table
+
+    parameters = Table("part", "parameters", title="Parameters")
+    for part, number in counted["parameters"].items():
+        parameters.add_row(part, f"{number:,}")
+    size = f"patches of {counted['mean_patch_bytes']} bytes, {counted['context_bytes']:,} bytes of context"
+    per_byte = Table("part", "inference", "training", title="FLOPs per byte", caption=size)
+    for part, flops in counted["flops_per_byte"].items():
+        per_byte.add_row(part, f"{flops['inference']:,.0f}", f"{flops['training']:,.0f}")
+    savings = Table("patch", "BLT", "token model", "saved", "without entropy model", title="Inference FLOPs per byte")
+    savings.caption = "token model: the same latent transformer at 4.4 bytes per token, Llama 3's vocabulary"
+    for row in counted["savings"]:
+        savings.add_row(
+            f"{row['mean_patch_bytes']} bytes",
+            f"{row['blt_flops_per_byte']:,.0f}",
+            f"{row['token_model_flops_per_byte']:,.0f}",
+            f"{row['saved_fraction']:.1%}",
+            f"{row['saved_fraction_without_entropy_model']:.1%}",
+        )
+    memory = (
+        f"Memory: weights {counted['weight_bytes_bfloat16'] / 1e9:.3f} GB in bfloat16; AdamW training "
+        f"{counted['training_bytes'] / 1e9:.3f} GB before activations; caches "
+        f"{counted['cache_bytes_per_byte']['total'] / 1e3:.1f} kB per byte of text"
+    )
+    return [parameters, per_byte, savings, memory]
+
+
 def _cached_numbers(config: TransformerConfig, context_positions: float) -> float:
     positions = min(context_positions, config.window_positions or context_positions)
     return 2 * config.num_layers * config.width * positions
