@@ -80,10 +80,12 @@ window_positions = 32
 ngram_bytes = [3, 4]
 table_rows = 64
 [model.local_encoder]
+window_positions = 32
 {stack}
 [model.latent]
 {stack}
 [model.local_decoder]
+window_positions = 32
 {stack}
 [entropy_training]
 {steps}
@@ -103,7 +105,10 @@ TINY_STEPS = (
 
 @pytest.fixture(scope="session")
 def tiny_toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config for ``blt train`` whose run takes a second; its text is eight files, one not UTF-8, and an empty one."""
+    """A config for ``blt train`` whose run takes a second, of a model that ``transformers`` can load too.
+
+    Its text is eight files, one of them not UTF-8, and an empty one.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     text = folder / "text"
     text.mkdir()

@@ -10,7 +10,7 @@ from tiny import SHAPE, random_models, random_row, threshold_between, tiny_confi
 from torch import Tensor
 
 from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS
-from blt.config import EntropyModelConfig, LocalConfig, ModelConfig, PatchingConfig, TransformerConfig
+from blt.config import EntropyModelConfig, ModelConfig, PatchingConfig, TransformerConfig
 from blt.model.patching import patch_starts
 
 NUM_IDS = 32
@@ -20,8 +20,8 @@ CONFIGS = {
     "short_windows": tiny_config(),
     "windows_beyond_the_row": tiny_config(
         entropy_model=EntropyModelConfig(num_layers=2, window_positions=512, **SHAPE),
-        local_encoder=LocalConfig(num_layers=2, window_positions=512, **SHAPE),
-        local_decoder=LocalConfig(num_layers=2, window_positions=512, **SHAPE),
+        local_encoder=TransformerConfig(num_layers=2, window_positions=512, **SHAPE),
+        local_decoder=TransformerConfig(num_layers=2, window_positions=512, **SHAPE),
     ),
     "four_slots_projected": tiny_config(
         slots_per_patch=4, latent=TransformerConfig(num_layers=2, width=24, num_heads=2, ffn_width=40)

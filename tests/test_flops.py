@@ -7,7 +7,6 @@ import pytest
 from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
-    LocalConfig,
     ModelConfig,
     PatchingConfig,
     TransformerConfig,
@@ -27,9 +26,9 @@ from blt.flops import (
 TINY = ModelConfig(
     entropy_model=EntropyModelConfig(num_layers=1, width=4, num_heads=2, ffn_width=6, window_positions=3),
     hash_embeddings=HashEmbeddingsConfig(ngram_bytes=(3, 4), table_rows=10),
-    local_encoder=LocalConfig(num_layers=1, width=4, num_heads=2, ffn_width=6, window_positions=5),
+    local_encoder=TransformerConfig(num_layers=1, width=4, num_heads=2, ffn_width=6, window_positions=5),
     latent=TransformerConfig(num_layers=2, width=6, num_heads=1, ffn_width=10),
-    local_decoder=LocalConfig(num_layers=2, width=4, num_heads=2, ffn_width=6, window_positions=5),
+    local_decoder=TransformerConfig(num_layers=2, width=4, num_heads=2, ffn_width=6, window_positions=5),
     slots_per_patch=2,  # 2 x 4 differs from the latent width 6, so there is a token_embedding_projection
 )
 PRESETS = {name: read_run_config(name).model for name in ("blt_1b", "blt_8b")}

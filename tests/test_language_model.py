@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import blt
-from blt.config import EntropyModelConfig, HashEmbeddingsConfig, LocalConfig, ModelConfig, PatchingConfig, TransformerConfig
+from blt.config import EntropyModelConfig, HashEmbeddingsConfig, ModelConfig, PatchingConfig, TransformerConfig
 from blt.language_model import LanguageModel
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
@@ -27,9 +27,9 @@ def tiny_model(rule: str = "entropy") -> LanguageModel:
         entropy_model=EntropyModelConfig(**stack, window_positions=16) if patching.uses_entropies else None,
         patching=patching,
         hash_embeddings=HashEmbeddingsConfig(table_rows=50),
-        local_encoder=LocalConfig(**stack),
+        local_encoder=TransformerConfig(**stack),
         latent=TransformerConfig(**stack | {"width": 32}),
-        local_decoder=LocalConfig(**stack),
+        local_decoder=TransformerConfig(**stack),
         max_bytes=200,
     )
     generator = torch.Generator().manual_seed(1)

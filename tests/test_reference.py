@@ -9,7 +9,7 @@ from tiny import SHAPE, random_models, random_row, tiny_config
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, EOS
-from blt.config import LocalConfig, ModelConfig, TransformerConfig, read_run_config
+from blt.config import ModelConfig, TransformerConfig, read_run_config
 from blt.flops import parameter_counts
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
@@ -19,9 +19,9 @@ Weights = dict[str, Tensor]
 
 PROJECTED = tiny_config(
     slots_per_patch=4,  # 4 x 16 is not the latent width
-    local_encoder=LocalConfig(num_layers=2, window_positions=5, **SHAPE),
+    local_encoder=TransformerConfig(num_layers=2, window_positions=5, **SHAPE),
     latent=TransformerConfig(num_layers=2, width=24, num_heads=2, ffn_width=40),
-    local_decoder=LocalConfig(num_layers=1, window_positions=None, **SHAPE),
+    local_decoder=TransformerConfig(num_layers=1, window_positions=None, **SHAPE),
 )
 WINDOWED_LATENT = tiny_config(
     latent=TransformerConfig(num_layers=2, width=32, num_heads=2, ffn_width=24, window_positions=3),

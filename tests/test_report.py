@@ -142,6 +142,7 @@ def test_markup_in_a_text_is_shown_not_obeyed(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text("utf-8")
     assert_loads_nothing(page)
     assert "".join(Tags(page).texts).count(MARKUP) == 1
+    assert page.count("&lt;</span>") == MARKUP.count("<") and "><</span>" not in page
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".SVG"])

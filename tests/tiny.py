@@ -10,7 +10,6 @@ from blt.byte_ids import BOS, EOS, VOCAB_SIZE
 from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
-    LocalConfig,
     ModelConfig,
     PatchingConfig,
     TransformerConfig,
@@ -28,9 +27,9 @@ def tiny_config(**changes: Any) -> ModelConfig:
         entropy_model=EntropyModelConfig(num_layers=2, window_positions=6, **SHAPE),
         patching=PatchingConfig(threshold_nats=5.0),
         hash_embeddings=HashEmbeddingsConfig(ngram_bytes=(3, 4, 5), table_rows=50),
-        local_encoder=LocalConfig(num_layers=1, window_positions=9, **SHAPE),
+        local_encoder=TransformerConfig(num_layers=1, window_positions=9, **SHAPE),
         latent=TransformerConfig(num_layers=2, width=32, num_heads=4, ffn_width=40),
-        local_decoder=LocalConfig(num_layers=2, window_positions=9, **SHAPE),
+        local_decoder=TransformerConfig(num_layers=2, window_positions=9, **SHAPE),
         max_bytes=1024,
     )
     return ModelConfig.model_validate({**dict(config), **changes})

@@ -32,7 +32,10 @@ C = TypeVar("C", bound=Config)
 
 
 class TransformerConfig(Config):
-    """A stack of pre-norm blocks: self-attention with rotary positions, then SwiGLU."""
+    """A stack of pre-norm blocks: self-attention with rotary positions, then SwiGLU.
+
+    The cross-attention of local encoder and decoder has as many heads as their self-attention.
+    """
 
     num_layers: int = Field(ge=1)
     width: int = Field(ge=2)
@@ -53,13 +56,7 @@ class TransformerConfig(Config):
         return self.width // self.num_heads
 
 
-class LocalConfig(TransformerConfig):
-    """A byte-level stack. Its cross-attention has as many heads as its self-attention (3.2.2, 3.3.1)."""
-
-    window_positions: int | None = Field(512, ge=1)
-
-
-class EntropyModelConfig(LocalConfig):
+class EntropyModelConfig(TransformerConfig):
     """The small byte transformer that tells how hard the next byte is (2.3, 4.2)."""
 
     rope_theta: float = Field(10_000.0, gt=0)
@@ -111,9 +108,9 @@ class ModelConfig(Config):
     entropy_model: EntropyModelConfig | None = None
     patching: PatchingConfig = PatchingConfig()
     hash_embeddings: HashEmbeddingsConfig = HashEmbeddingsConfig()
-    local_encoder: LocalConfig
+    local_encoder: TransformerConfig
     latent: TransformerConfig
-    local_decoder: LocalConfig
+    local_decoder: TransformerConfig
     slots_per_patch: int = Field(2, ge=1)  # query vectors per patch in the encoder, key vectors in the decoder (k)
     max_bytes: int = Field(24_576, ge=2)  # positions of a row, BOS included
 
@@ -245,12 +242,17 @@ def validated(kind: type[C], values: dict[str, Any], origin: str) -> C:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"]) or "the whole file"
-            unknown = problem["type"] == "extra_forbidden"
-            problems.append(f"{key}: {'unknown key' if unknown else problem['msg'].removeprefix('Value error, ')}")
-        raise ValueError(f"{origin}: " + "; ".join(problems)) from None
+        raise ValueError(f"{origin}: {problems(error)}") from None
+
+
+def problems(error: ValidationError) -> str:
+    """What pydantic found, as one sentence that names every key at fault."""
+    found = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        unknown = problem["type"] == "extra_forbidden"
+        found.append(f"{key}: {'unknown key' if unknown else problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(found)
 
 
 def to_toml(config: Config) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,17 +21,33 @@ from blt.checkpoint import write_whole
 from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
-    LocalConfig,
     ModelConfig,
     PatchingConfig,
     TransformerConfig,
+    problems,
     validated,
 )
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 
-OWN_MODEL_TYPE = "blt-lm"  # models that transformers' class cannot express; their config.json holds a ModelConfig
 HF_PAD = 3
+# Models that transformers' class cannot express: config.json holds our ModelConfig, and the weights have a name that no
+# class of transformers looks for, since BltForCausalLM asked by name does not read the model_type.
+OWN_MODEL_TYPE = "blt-lm"
+WEIGHTS, OWN_WEIGHTS = "model.safetensors", "blt-lm.safetensors"
+
+ONLY_SUPPORTED = {  # what released models have and this code computes; a config.json that says otherwise is refused
+    ("patching_mode",): "entropy",
+    ("patch_in_forward",): True,
+    ("tie_word_embeddings",): False,
+    ("encoder_config", "cross_attn_all_layers"): False,
+    ("decoder_config", "cross_attn_all_layers"): True,
+    **{
+        (f"{part}_config", *key): value
+        for part in ("patcher", "encoder", "decoder", "global")
+        for key, value in ((("hidden_act",), "silu"), (("rope_parameters", "rope_type"), "default"))
+    },
+}
 
 STACK_KEYS = {  # of patcher_config, encoder_config, decoder_config, global_config
     "num_layers": "num_hidden_layers",
@@ -137,14 +154,18 @@ def to_config_json(config: ModelConfig) -> dict[str, Any]:
 
 def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
     """The model config that a config.json describes. Raises ValueError for models of another kind."""
-    kind = values.get("model_type")
+    kind = values.get("model_type") if isinstance(values, dict) else None
     if kind == OWN_MODEL_TYPE:
         return validated(ModelConfig, values.get("model", {}), origin)
     if kind != "blt":
         raise ValueError(f"{origin} describes a model of type {kind!r}, not 'blt': this is no Byte Latent Transformer")
-    if values.get("patching_mode", "entropy") != "entropy":
-        raise ValueError(f"{origin}: patching_mode {values['patching_mode']!r} is not supported, only 'entropy'")
     try:
+        for path, supported in ONLY_SUPPORTED.items():
+            found: Any = values
+            for key in path:
+                found = found.get(key, supported if key == path[-1] else {})
+            if found != supported:
+                raise ValueError(f"{origin}: {'.'.join(path)} is {found!r}, and only {supported!r} is supported")
         encoder = values["encoder_config"]
         return ModelConfig(
             entropy_model=EntropyModelConfig(**_stack_values(values["patcher_config"], windowed=True)),
@@ -158,11 +179,11 @@ def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
                 table_rows=values["encoder_hash_byte_group_vocab"],
                 num_functions=values["encoder_hash_byte_group_nb_functions"],
             ),
-            local_encoder=LocalConfig(
+            local_encoder=TransformerConfig(
                 **_stack_values(encoder), window_positions=values.get("local_attention_window_len", 512)
             ),
             latent=TransformerConfig(**_stack_values(values["global_config"])),
-            local_decoder=LocalConfig(
+            local_decoder=TransformerConfig(
                 **_stack_values(values["decoder_config"]),
                 window_positions=values.get("local_attention_window_len", 512),
             ),
@@ -171,6 +192,12 @@ def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
         )
     except KeyError as error:
         raise ValueError(f"{origin} lacks the key {error}") from None
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"{origin} is not the config.json of a blt model: its parts are not where they should be"
+        ) from None
+    except ValidationError as error:
+        raise ValueError(f"{origin}: {problems(error)}") from None
 
 
 def save_model(
@@ -182,9 +209,11 @@ def save_model(
         weight_name(name): weight.detach().cpu().contiguous()
         for name, weight in named_weights(entropy_model, network).items()
     }
-    partial = folder / "model.safetensors.partial"
+    name, other = (OWN_WEIGHTS, WEIGHTS) if inexpressible(config) else (WEIGHTS, OWN_WEIGHTS)
+    partial = folder / f"{name}.partial"
     save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
+    os.replace(partial, folder / name)
+    (folder / other).unlink(missing_ok=True)
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
     for name, values in (("config.json", to_config_json(config)), ("generation_config.json", generation)):
         write_whole(folder / name, json.dumps(values, indent=2) + "\n")
@@ -239,12 +268,12 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    file = folder / "model.safetensors"
-    if not file.is_file():
+    files = [folder / name for name in (WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()]
+    if not files:
         pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
         because = f"; {pickles[0]} may be a pickle, which could run code and is not read" if pickles else ""
-        raise FileNotFoundError(f"{folder} holds no model.safetensors{because}")
-    return [file]
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}{because}")
+    return files
 
 
 def _read_weights(file: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

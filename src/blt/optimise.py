@@ -117,13 +117,13 @@ def optimise(
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
         norm = train_step(job, optimizer, reader.next_batch().to(device), window)
         step += 1
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"{job.name}: the gradient became {norm} at step {step}; start anew with a lower learning_rate"
+            )
         last, stopping = step == config.total_steps, stop_requested()
         position = {"phase": job.name, "step": step, "bytes_seen": step * config.bytes_per_step}
         if step % config.steps_per_report == 0 or last:
-            if not math.isfinite(norm):
-                raise ValueError(
-                    f"the {job.name}'s gradient became {norm} at step {step}; start again with a lower learning_rate"
-                )
             figures = window.close(job.flops_per_byte)
             learning_rate = optimizer.param_groups[0]["lr"]
             metrics.write(position | figures | {"learning_rate": learning_rate, "gradient_norm": norm})

@@ -50,6 +50,7 @@ def table_rows(byte_ids: ByteIds, config: HashEmbeddingsConfig) -> Int[Tensor, "
     >>> table_rows(torch.tensor([[7, 5]]), config).tolist()  # 7, 0 + 7p; 5, 7 + 5p; p = 1000000007
     [[[7, 19], [5, 12]]]
     """
+    byte_ids = byte_ids.long()  # the hash wraps at 64 bits
     rows = []
     for prime in PRIMES[: config.num_functions]:
         hashes = {1: byte_ids}

@@ -3,7 +3,7 @@
 from torch import nn
 
 from blt.byte_ids import VOCAB_SIZE
-from blt.config import LocalConfig
+from blt.config import TransformerConfig
 from blt.model.attention import DecoderCrossAttention
 from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer
@@ -13,7 +13,7 @@ from blt.shapes import ByteStates, DocumentIds, LatentStates, Logits, NewestClos
 class LocalDecoder(nn.Module):
     """Starts from the encoder's byte states; before every layer each byte reads the newest closed patch's latent."""
 
-    def __init__(self, config: LocalConfig, latent_width: int, slots_per_patch: int) -> None:
+    def __init__(self, config: TransformerConfig, latent_width: int, slots_per_patch: int) -> None:
         super().__init__()
         self.slots_per_patch = slots_per_patch
         self.slot_proj = nn.Linear(latent_width, slots_per_patch * config.width, bias=False)

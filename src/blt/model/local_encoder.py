@@ -3,7 +3,7 @@
 from torch import nn
 
 from blt.byte_ids import VOCAB_SIZE
-from blt.config import HashEmbeddingsConfig, LocalConfig
+from blt.config import HashEmbeddingsConfig, TransformerConfig
 from blt.model.attention import EncoderCrossAttention
 from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.transformer import Transformer
@@ -17,7 +17,7 @@ class LocalEncoder(nn.Module):
     attend to the patch's bytes, and side by side they are the patch state.
     """
 
-    def __init__(self, config: LocalConfig, hash_embeddings: HashEmbeddingsConfig, slots_per_patch: int) -> None:
+    def __init__(self, config: TransformerConfig, hash_embeddings: HashEmbeddingsConfig, slots_per_patch: int) -> None:
         super().__init__()
         self.slots_per_patch = slots_per_patch
         self.byte_embedding = nn.Embedding(VOCAB_SIZE, config.width)

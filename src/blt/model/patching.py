@@ -72,7 +72,7 @@ def is_space_like(byte_ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """
     byte = byte_ids - BYTE_OFFSET
     digit = (byte >= ord("0")) & (byte <= ord("9"))
-    letter = ((byte | 0x20) >= ord("a")) & ((byte | 0x20) <= ord("z")) & (byte >= 0)
+    letter = ((byte | 0x20) >= ord("a")) & ((byte | 0x20) <= ord("z"))
     return ~(digit | letter | ((byte >= 0x80) & (byte < 0xC0)))
 
 
@@ -136,7 +136,7 @@ def threshold_for_patch_size(
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_at(middle) < target_patch_bytes else (low, middle)
-    return (low + high) / 2
+    return min(low, high, key=lambda threshold: abs(mean_at(threshold) - target_patch_bytes))
 
 
 def mean_patch_bytes(byte_ids: ByteIds, starts: PatchStarts) -> float:
