@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import hypothesis
 import jaxtyping
 import pytest
 
 _WITH_TENSORS = ("byte_ids", "corpus", "evaluate", "generate", "language_model", "model", "optimise", "train")
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no property
+hypothesis.settings.load_profile("unhurried")
 jaxtyping.install_import_hook([f"blt.{module}" for module in _WITH_TENSORS], "beartype.beartype")
 
 

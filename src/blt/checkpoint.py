@@ -19,10 +19,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it."""
+    """Write a file beside its place and rename it. Raises OSError naming the file where it cannot be written."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
 
 
 def save_state(

@@ -13,9 +13,11 @@ from cyclopts import App, CycloptsError, Parameter
 from blt import __version__
 
 if TYPE_CHECKING:
+    from blt.config import RunConfig
     from blt.language_model import LanguageModel
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FROM_STDIN = "\0-"  # what main makes of a lone hyphen, which cyclopts takes for an option; no argument can hold a NUL
 REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
 
 app = App(name="blt", help="Byte Latent Transformers: train, measure, run.", version=__version__)
@@ -23,7 +25,7 @@ app = App(name="blt", help="Byte Latent Transformers: train, measure, run.", ver
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Common:
+class Options:
     """Options of every command that runs a model."""
 
     device: str = "auto"
@@ -44,12 +46,12 @@ Paths = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=()
 
 
 @app.command
-def doctor(common: Common = Common()) -> None:
+def doctor(*, options: Options = Options()) -> None:
     """What this machine offers, what is missing, and how to get it."""
     from blt.doctor import checks
 
     found = checks()
-    if common.json:
+    if options.json:
         _print_json({check.name: {"found": check.found, "fix": check.fix} for check in found})
         return
     width = max(len(check.name) for check in found)
@@ -58,7 +60,7 @@ def doctor(common: Common = Common()) -> None:
 
 
 @app.command
-def demo(*, out: Path = Path("runs/demo"), common: Common = Common()) -> None:
+def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None:
     """The main job at small scale: trains on Python's own library, evaluates, writes text, draws the picture.
 
     A demo that was interrupted goes on where it stopped.
@@ -66,12 +68,12 @@ def demo(*, out: Path = Path("runs/demo"), common: Common = Common()) -> None:
     from blt.config import read_run_config
     from blt.report import patched_text, terminal_lines
 
-    config = read_run_config("demo")
-    lm, evaluation = _train(config, out, common, resume=True)
+    config = _with_options(read_run_config("demo"), options)
+    lm, evaluation = _train(config, out, options, resume=True)
     prompt = b"def read_lines(path):\n"
-    sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.7, seed=common.seed or 0))
+    sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.7, seed=options.seed or 0))
     text = "import os\n\ndef home():\n    return os.path.expanduser('~')\n"
-    if common.json:
+    if options.json:
         _print_json(evaluation | {"sample": sample.decode("utf-8", "replace")})
         return
     columns = shutil.get_terminal_size().columns
@@ -98,7 +100,7 @@ def train(
     resume: Annotated[bool, Parameter(negative=())] = False,
     set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
-    common: Common = Common(),
+    options: Options = Options(),
 ) -> None:
     """Train an entropy model (unless one is given), calibrate the threshold, train the network.
 
@@ -129,9 +131,9 @@ def train(
         overrides.append(f"data.paths={json.dumps(data)}")
     if raw:
         overrides.append("data.raw=true")
-    run_config = read_run_config(config, overrides)
+    run_config = _with_options(read_run_config(config, overrides), options)
     if dry_run:
-        if common.json:
+        if options.json:
             _print_json(run_config.model_dump(mode="json"))
             return
         print(to_toml(run_config))
@@ -139,8 +141,8 @@ def train(
         _print_flops(summary(run_config.model, patch_bytes, run_config.training.row_bytes))
         return
     run = out or Path("runs") / Path(config).stem
-    _, evaluation = _train(run_config, run, common, resume)
-    if common.json:
+    _, evaluation = _train(run_config, run, options, resume)
+    if options.json:
         _print_json(evaluation)
     else:
         print(f"held out, bits per byte: {_evaluation_line(evaluation)}\nthe run is in {run}")
@@ -153,7 +155,7 @@ def evaluate(
     data: Paths = None,
     raw: Annotated[bool, Parameter(negative=())] = False,
     window_bytes: int | None = None,
-    common: Common = Common(),
+    options: Options = Options(),
 ) -> None:
     """Bits per byte over whole files, patch statistics, and gzip -9 and xz -9e on the same bytes.
 
@@ -171,20 +173,26 @@ def evaluate(
     from blt import corpus
     from blt.evaluate import evaluate_inputs
 
-    lm = _load(model, common)
+    if window_bytes is not None and window_bytes < 2:
+        raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
+    lm = _load(model, options)
     if data is None:
+        if not (Path(model) / "corpus").is_dir():
+            raise ValueError(f"{model} has no held-out documents of its own; give some with --data")
         shard = corpus.open_shard(Path(model) / "corpus", "held_out")
         inputs = {"held out": list(shard.documents())}
     else:
         inputs = {path: [document.data for document in corpus.read_documents([path], raw)] for path in data}
     window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
-    with _reporter(common) as reporter:
+    with _reporter(options) as reporter:
         figures = evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
-    if common.json:
+    if options.json:
         _print_json(figures)
         return
     for name, of_input in figures["files"].items():
         print(f"{name}: {of_input['bytes']:,} bytes, {_evaluation_line(of_input)}")
+    if figures["empty_documents_skipped"]:
+        print(f"{figures['empty_documents_skipped']} empty documents skipped")
     if len(figures["files"]) > 1:
         print(f"all: {figures['bytes']:,} bytes, {_evaluation_line(figures)}")
 
@@ -203,7 +211,7 @@ def generate(
     utf8: Annotated[bool, Parameter(negative=())] = False,
     raw: Annotated[bool, Parameter(negative=())] = False,
     stats: Annotated[bool, Parameter(negative=())] = False,
-    common: Common = Common(),
+    options: Options = Options(),
 ) -> None:
     """Stream what a model writes after a prompt.
 
@@ -230,8 +238,8 @@ def generate(
     stats
         Say bytes per second at the end, on stderr.
     """
-    lm = _load(model, common)
-    data = sys.stdin.buffer.read() if prompt == "-" else prompt
+    lm = _load(model, options)
+    data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt
     started = time.perf_counter()
     written = bytearray()
     pieces = lm.stream(
@@ -241,18 +249,18 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        seed=common.seed or 0,
-        stop=stop or (),
+        seed=options.seed or 0,
+        stop=["-" if word == FROM_STDIN else word for word in stop or ()],
         utf8=utf8,
     )
     for piece in pieces:
         written += piece
-        if not common.json:
+        if not options.json:
             sys.stdout.buffer.write(piece if raw else piece.decode("utf-8", "replace").encode())
             sys.stdout.buffer.flush()
     seconds = time.perf_counter() - started
     speed = len(written) / seconds
-    if common.json:
+    if options.json:
         figures = {"text": written.decode("utf-8", "replace"), "bytes": written.hex(), "new_bytes": len(written)}
         # every byte recomputes the whole row, so the latent transformer ran once for each
         _print_json(figures | {"seconds": seconds, "bytes_per_second": speed, "latent_calls": len(written)})
@@ -265,10 +273,10 @@ def generate(
 @app.command
 def patch(
     model: str,
-    text: str = "-",
+    text: Annotated[str, Parameter(show_default=False)] = FROM_STDIN,
     *,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
-    common: Common = Common(),
+    options: Options = Options(),
 ) -> None:
     """Show how a model cuts a text: entropies under the bytes, | where patches start.
 
@@ -281,13 +289,13 @@ def patch(
     """
     from blt.report import patched_text, save_picture, terminal_lines
 
-    data: str | bytes = sys.stdin.buffer.read() if text == "-" else text
+    data: str | bytes = sys.stdin.buffer.read() if text == FROM_STDIN else text
     if not data:
         raise ValueError("there is no text to patch; give some, or - to read it from stdin")
-    patched = patched_text(_load(model, common), data)
+    patched = patched_text(_load(model, options), data)
     if output is not None:
         save_picture(patched, output)
-    if common.json:
+    if options.json:
         _print_json(patched.as_json())
     elif output is None:
         print("\n".join(terminal_lines(patched, shutil.get_terminal_size().columns)))
@@ -300,7 +308,7 @@ def flops(
     *,
     patch_bytes: float = 4.5,
     context_bytes: int | None = None,
-    common: Common = Common(),
+    options: Options = Options(),
 ) -> None:
     """Parameters, FLOPs per byte by part (the paper's eq. 13-17, and the entropy model), memory.
 
@@ -316,7 +324,7 @@ def flops(
     from blt.config import preset_names, read_run_config
     from blt.flops import summary
 
-    if Path(config).is_file() or config in preset_names():
+    if Path(config).is_file() or config in preset_names() or config.endswith(".toml"):
         model_config = read_run_config(config).model
     else:
         from blt.huggingface import read_model_config
@@ -325,7 +333,7 @@ def flops(
         model_config = read_model_config(model_folder(config))
     context = context_bytes or model_config.max_bytes
     counted = summary(model_config, patch_bytes, context)
-    if common.json:
+    if options.json:
         _print_json(counted)
     else:
         _print_flops(counted)
@@ -335,9 +343,14 @@ def main() -> None:
     """Run the command line; errors are one message and an exit code, not a traceback."""
     arguments = sys.argv[1:]
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        app(
+            [FROM_STDIN if argument == "-" else argument for argument in arguments],
+            exit_on_error=False,
+            print_error=False,
+        )
     except CycloptsError as error:
-        _fail(f"{error}\nSee blt {arguments[0] if arguments else ''} --help", USAGE)
+        command = f"{arguments[0]} " if arguments and arguments[0] in app else ""
+        _fail(f"{error}\nSee blt {command}--help", USAGE)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -353,7 +366,14 @@ def main() -> None:
         _fail(f"unexpected {type(error).__name__}: {error}\nRun again with --debug for the traceback", FAILED)
 
 
-def _train(config: Any, run: Path, common: Common, resume: bool) -> tuple["LanguageModel", dict[str, Any]]:
+def _with_options(config: "RunConfig", options: Options) -> "RunConfig":
+    """The config with --seed and --dtype, where they are given."""
+    if options.dtype != "auto":
+        config = config.with_training(dtype=options.dtype)
+    return config if options.seed is None else config.with_training(seed=options.seed)
+
+
+def _train(config: Any, run: Path, options: Options, resume: bool) -> tuple["LanguageModel", dict[str, Any]]:
     """Train, then evaluate on held-out text and write the report."""
     from blt.checkpoint import write_whole
     from blt.corpus import open_shard
@@ -362,27 +382,23 @@ def _train(config: Any, run: Path, common: Common, resume: bool) -> tuple["Langu
     from blt.report import can_draw, patched_text, write_report
     from blt.train import train as train_run
 
-    if common.dtype != "auto":
-        config = config.with_training(dtype=common.dtype)
-    if common.seed is not None:
-        config = config.with_training(seed=common.seed)
-    with _reporter(common) as reporter:
-        lm = train_run(config, run, pick_device(common.device), resume, reporter)
+    with _reporter(options) as reporter:
+        lm = train_run(config, run, pick_device(options.device), resume, reporter)
         documents = open_shard(run / "corpus", "held_out").sample(REPORT_BYTES, seed=0)
         window = config.training.row_bytes
         evaluation = evaluate_inputs(lm.predict, {"held out": documents}, window, lm.device, reporter)
         write_whole(run / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
         if can_draw():
-            write_report(run, patched_text(lm, documents[0][:300]), evaluation)
+            write_report(run, patched_text(lm, documents[0][: min(300, lm.config.max_bytes - 1)]), evaluation)
         else:
             reporter.say("no report.html: it needs matplotlib, pip install 'blt-lm[plot]'")
     return lm, evaluation
 
 
-def _load(model: str, common: Common) -> "LanguageModel":
+def _load(model: str, options: Options) -> "LanguageModel":
     from blt.language_model import load
 
-    return load(model, device=common.device, dtype=common.dtype)
+    return load(model, device=options.device, dtype=options.dtype)
 
 
 def _trained_row_bytes(model: str) -> int | None:
@@ -393,10 +409,10 @@ def _trained_row_bytes(model: str) -> int | None:
     return read_run_config(config_file).training.row_bytes if config_file.is_file() else None
 
 
-def _reporter(common: Common) -> Any:
+def _reporter(options: Options) -> Any:
     from blt.progress import Reporter
 
-    return Reporter(common.quiet)
+    return Reporter(options.quiet)
 
 
 def _evaluation_line(figures: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 class Config(BaseModel):
     """What all configs share: frozen, no unknown keys, no silent conversions between kinds of value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def swiglu_width(width: int) -> int:
@@ -165,11 +165,13 @@ class TrainingConfig(Config):
     evaluation_bytes: int = Field(65_536, ge=1)  # held-out text in each evaluation
 
     @model_validator(mode="after")
-    def micro_batches_are_whole(self) -> "TrainingConfig":
+    def the_optimiser_can_run(self) -> "TrainingConfig":
         if self.rows_per_step % self.micro_batches:
             raise ValueError(
                 f"rows_per_step {self.rows_per_step} does not split into {self.micro_batches} micro_batches"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         return self
 
     @property
@@ -200,12 +202,22 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def rows_fit_into_the_model(self) -> "RunConfig":
+        for name, training in (("training", self.training), ("entropy_training", self.entropy_training)):
+            if training is not None and training.row_bytes > self.model.max_bytes:
+                raise ValueError(
+                    f"{name}.row_bytes {training.row_bytes} exceeds model.max_bytes {self.model.max_bytes}"
+                )
+        return self
+
     def with_training(self, **updates: Any) -> "RunConfig":
-        """The same config with these values in the training of both networks."""
-        entropy = self.entropy_training and self.entropy_training.model_copy(update=updates)
-        return self.model_copy(
-            update={"training": self.training.model_copy(update=updates), "entropy_training": entropy}
-        )
+        """The same config with these values in the training of both networks. Raises ValueError as the file would."""
+        values = self.model_dump()
+        for section in ("training", "entropy_training"):
+            if values[section] is not None:
+                values[section] |= updates
+        return validated(RunConfig, values, "command line")
 
 
 def preset_names() -> list[str]:
@@ -225,12 +237,12 @@ def read_run_config(source: str | Path, overrides: Iterable[str] = ()) -> RunCon
             raise FileNotFoundError(
                 f"no config file {source}; give a .toml file or a preset: {', '.join(preset_names())}"
             )
-        text = preset.read_text("utf-8")
+        content = preset.read_bytes()
     else:
-        text = path.read_text("utf-8")
+        content = path.read_bytes()
     try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not TOML: {error}") from None
     for override in overrides:
         _apply_override(values, override)

@@ -211,7 +211,11 @@ def save_model(
     }
     name, other = (OWN_WEIGHTS, WEIGHTS) if inexpressible(config) else (WEIGHTS, OWN_WEIGHTS)
     partial = folder / f"{name}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
+    try:
+        save_file(weights, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"the model could not be written to {folder} ({error}); what was there is untouched") from None
     os.replace(partial, folder / name)
     (folder / other).unlink(missing_ok=True)
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
@@ -267,7 +271,11 @@ def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[s
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        try:
+            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+            return [folder / name for name in sorted(set(names))]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{index} is damaged, it maps no weights to files; copy the model again") from None
     files = [folder / name for name in (WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()]
     if not files:
         pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]

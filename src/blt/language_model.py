@@ -112,6 +112,8 @@ class LanguageModel:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, utf8)
         prompt_ids = byte_ids.encode(prompt)
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         if len(prompt_ids) + max_bytes > self.config.max_bytes:
             raise ValueError(
                 f"a prompt of {len(prompt_ids) - 1} bytes and max_bytes {max_bytes} exceed the {self.config.max_bytes - 1} "
@@ -178,7 +180,8 @@ def pick_device(name: str) -> torch.device:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
+    known = name.partition(":")[0] in ("cpu", "cuda", "mps")
+    if not known or (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
         raise ValueError(f"device {name} is not available here; use --device cpu, or auto")
     return torch.device(name)
 

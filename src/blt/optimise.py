@@ -76,8 +76,12 @@ class Metrics:
         self.path = path
 
     def write(self, report: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(report) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # a failed write does not say where
+            raise
 
     def read(self) -> list[dict[str, Any]]:
         """All reports; a last line that a dying process cut is left out."""

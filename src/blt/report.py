@@ -4,6 +4,8 @@ import html
 import importlib.util
 import io
 import json
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +68,9 @@ def visible_bytes(data: bytes) -> list[str]:
             continue
         size = len(character.encode())
         special = {"\n": "⏎", "\t": "⇥"}
-        wide = ord(character) >= 0x1100  # many of these take two columns, or none, in a terminal
-        shown = special.get(character, character if character.isprintable() and not wide else "▯")
+        # marks take no column of a terminal, wide characters take two
+        one_column = unicodedata.category(character)[0] != "M" and unicodedata.east_asian_width(character) not in "WF"
+        shown = special.get(character, character if character.isprintable() and one_column else "▯")
         cells += [shown, *("·" * (size - 1))]
     return cells
 
@@ -168,7 +171,9 @@ def _new_figure(width: float, height: float) -> Any:
 
 def _figure_bytes(figure: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)  # drawn as a box
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
@@ -223,7 +228,8 @@ def _curves(reports: list[dict[str, Any]]) -> Any:
     lowest = min(
         (r[key] for r in reports for key in ("train_bits_per_byte", "valid_bits_per_byte") if key in r), default=0
     )
-    axis.set(xlabel="bytes seen (MB)", ylabel="bits per byte", ylim=(0.9 * lowest, min(6.0, 4 * lowest)))
+    highest = max(min(6.0, 4 * lowest), lowest + 0.5)
+    axis.set(xlabel="bytes seen (MB)", ylabel="bits per byte", ylim=(0.9 * lowest, highest))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -34,8 +34,16 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config,
     KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
     """
+    is_new = not (run / "config.toml").exists()
     config = _claim_folder(config, run, device, resume)
-    train_shard, held_out = open_corpus(config, run, reporter)
+    try:
+        train_shard, held_out = open_corpus(config, run, reporter)
+    except (ValueError, OSError):
+        if is_new:  # text that cannot be read leaves the folder free for better text
+            (run / "config.toml").unlink()
+            if not any(run.iterdir()):
+                run.rmdir()
+        raise
     metrics = Metrics(run / "metrics.jsonl")
     with stop_after_this_step() as stop_requested:
 
@@ -60,7 +68,12 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
     folder = run / "corpus"
     if not folder.exists():
         documents = corpus.read_documents(config.data.paths, raw=config.data.raw)
-        summary = corpus.build_shards(documents, folder, config.data.held_out_fraction)
+        try:
+            summary = corpus.build_shards(documents, folder, config.data.held_out_fraction)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # a failed write does not say where
+                error.filename = str(folder)
+            raise
         skipped = f"; {summary.empty_skipped} empty documents skipped" if summary.empty_skipped else ""
         reporter.say(
             f"corpus: {summary.documents['train']:,} documents, {summary.bytes['train'] / 1e6:.2f} MB to train on; "
@@ -175,8 +188,9 @@ def _network_job(lm: LanguageModel, training: TrainingConfig, run: Path, held_ou
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
         total = total_score(score_documents(lm.predict, documents, training.row_bytes, lm.device))
-        prompt = documents[0][:64]
-        sample = prompt + b"".join(lm.stream(prompt, SAMPLE_BYTES, temperature=0.8))
+        room = lm.config.max_bytes - 1
+        prompt = documents[0][: min(64, room // 2)]
+        sample = prompt + b"".join(lm.stream(prompt, min(SAMPLE_BYTES, room - len(prompt)), temperature=0.8))
         figures = {f"valid_{name}": value for name, value in total.as_json().items()}
         return figures | {"sample": sample.decode("utf-8", "replace")}
 
