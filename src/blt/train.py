@@ -1,5 +1,6 @@
 """Text -> a trained model: entropy model, threshold, network, in one run folder."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     except (ValueError, OSError):
         if is_new:  # text that cannot be read leaves the folder free for better text
             (run / "config.toml").unlink()
+            shutil.rmtree(run / "corpus.partial", ignore_errors=True)
             if not any(run.iterdir()):
                 run.rmdir()
         raise
