@@ -83,10 +83,11 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
     print(f"\nOn held-out files, in bits per byte:\n{_evaluation_line(evaluation)}")
     if (out / "report.html").exists():
         print(f"Curves, samples and patches: {out}/report.html")
+    blt = "blt" if shutil.which("blt") else sys.argv[0]
     print(
-        f"\nNext:\n  blt generate {out} 'class Stack:' --temperature 0.7\n"
-        f"  blt patch {out} 'for line in open(path):' -o patches.html\n"
-        "  blt train small --out runs/small"
+        f"\nNext:\n  {blt} generate {out} 'class Stack:' --temperature 0.7\n"
+        f"  {blt} patch {out} 'for line in open(path):' -o patches.html\n"
+        f"  {blt} train small --data FOLDER --out runs/mine"
     )
 
 
