@@ -398,3 +398,20 @@ def test_output_that_cannot_be_written_is_a_failure_in_one_line() -> None:
         child = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert child.returncode == 1 and b"No space left on device" in child.stderr and b"Traceback" not in child.stderr
     assert time.monotonic() - started < 60
+
+
+def test_a_path_may_hold_any_character(tiny_toml: Path, tmp_path: Path, blt_command: Blt) -> None:
+    text = tmp_path / '📁 é "quoted".txt'
+    text.write_text("some text\n" * 300)
+    shown = blt_command("train", tiny_toml, "--data", text, "--dry-run", "--json")
+    assert shown.json["data"]["paths"] == [str(text)]
+
+
+def test_resuming_what_is_not_there_is_refused(tiny_toml: Path, tmp_path: Path, blt_command: Blt) -> None:
+    refused = blt_command("train", tiny_toml, "--out", tmp_path / "nonesuch", "--resume")
+    assert refused.code == 1 and "holds no run to resume" in refused.stderr
+    assert not (tmp_path / "nonesuch").exists()
+
+
+def test_a_runs_own_config_names_its_folder(trained_run: Path, blt_command: Blt) -> None:
+    assert blt_command("train", trained_run / "config.toml", "--resume", "--json").code == 0

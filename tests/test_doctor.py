@@ -41,8 +41,9 @@ def test_an_old_python_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 def test_idle_cores_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert check_of("threads") == Check("threads", "2 of 8 cores", "set OMP_NUM_THREADS=8")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert check_of("threads") == Check("threads", "2, 8 cores", "unset OMP_NUM_THREADS to use more")
+    monkeypatch.delenv("OMP_NUM_THREADS")  # torch's own choice: it counts physical cores, and those it may use
     assert check_of("threads").fix == ""
 
 

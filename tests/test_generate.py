@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt.byte_ids import BYTE_OFFSET, EOS, incomplete_suffix_length, utf8_allowed_next
-from blt.generate import Sampling, generate_ids, next_probabilities, stream_text
+from blt.generate import GenerationStats, Sampling, generate_ids, next_probabilities, stream_text
 
 VOCAB = 260
 
@@ -32,7 +32,7 @@ def scripted(data: bytes, then_eos: bool = True):
 
 
 def write(data: bytes, max_bytes: int = 100, stop: tuple[bytes, ...] = ()) -> list[bytes]:
-    ids = generate_ids(scripted(data), [1], max_bytes, Sampling(), torch.Generator())
+    ids = generate_ids(scripted(data), [1], max_bytes, Sampling(), torch.Generator(), GenerationStats())
     return list(stream_text(ids, stop))
 
 
@@ -71,6 +71,17 @@ def test_no_piece_of_a_stream_breaks_a_character(text: str) -> None:
 @given(st.binary(max_size=30))
 def test_a_stream_of_any_bytes_loses_none(data: bytes) -> None:
     assert b"".join(stream_text(iter([byte + BYTE_OFFSET for byte in data]))) == data
+
+
+def test_the_forward_pass_that_drew_eos_is_counted() -> None:
+    stats = GenerationStats()
+    assert len(list(generate_ids(scripted(b"abc"), [1], 9, Sampling(), torch.Generator(), stats))) == 3
+    assert stats.latent_calls == 4
+
+
+def test_a_temperature_near_zero_is_greedy_and_not_nan() -> None:
+    probabilities = next_probabilities(logits_favouring(77), Sampling(temperature=1e-40), b"")
+    assert probabilities[77 + BYTE_OFFSET] == 1
 
 
 def test_control_ids_are_never_drawn_however_probable() -> None:
@@ -113,7 +124,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 
     def draw(seed: int, count: int) -> list[int]:
         sampling, generator = Sampling(temperature=1.0), torch.Generator().manual_seed(seed)
-        return list(generate_ids(lambda ids: logits, [1], count, sampling, generator))
+        return list(generate_ids(lambda ids: logits, [1], count, sampling, generator, GenerationStats()))
 
     assert draw(0, 50) == draw(0, 50) != draw(1, 50)
     share = draw(2, 2000).count(70) / 2000
@@ -124,7 +135,9 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 def test_utf8_sampling_writes_only_well_formed_text(seed: int, max_bytes: int) -> None:
     flat, sampling = torch.zeros(VOCAB), Sampling(temperature=1.0, utf8=True)
     flat[EOS] = -torch.inf
-    ids = generate_ids(lambda ids: flat, [1], max_bytes, sampling, torch.Generator().manual_seed(seed))
+    ids = generate_ids(
+        lambda ids: flat, [1], max_bytes, sampling, torch.Generator().manual_seed(seed), GenerationStats()
+    )
     data = b"".join(stream_text(ids))
     whole = data[: len(data) - incomplete_suffix_length(data)]
     whole.decode()  # raises for overlong forms, surrogates, values past U+10FFFF
@@ -158,6 +171,7 @@ def _is_utf8(data: bytes) -> bool:
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": math.nan}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"min_p": 1.5}, "min_p must be above 0"),

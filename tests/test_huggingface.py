@@ -310,3 +310,12 @@ def test_the_released_1b_weights_give_their_golden_values() -> None:
     assert model.encode("my name is").tolist() == [encode("my name is")]
     written = b" alex and i am a student at the university of michigan. i am a senior majoring in computer science"
     assert model.generate("my name is", max_bytes=len(written)) == written
+
+
+def test_saving_over_a_sharded_model_leaves_nothing_of_it(tmp_path: Path) -> None:
+    save_random(tmp_path, PROJECTED)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "old.safetensors"}}')
+    weights = save_random(tmp_path, PROJECTED)
+    _, entropy_model, network = load_model(tmp_path, torch.float32)
+    assert_equal_weights(named_weights(entropy_model, network), weights)
+    assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -175,6 +175,24 @@ def test_a_folder_with_a_run_is_not_overwritten(text_file: Path, tmp_path: Path)
         run(run_config(text_file, "fixed"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("leftover", ["corpus", "state", "model"])
+def test_a_folder_with_something_of_that_name_is_not_taken_over(leftover: str, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / leftover).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=f"{leftover} is there, but no config.toml"):
+        run(run_config(text_file, "fixed"), tmp_path / "run")
+
+
+def test_an_unreachable_patch_size_costs_no_training(text_file: Path, tmp_path: Path) -> None:
+    config = run_config(text_file)
+    impossible = config.calibration.model_copy(update={"target_patch_bytes": 5000.0})
+    with pytest.raises(ValueError, match="set another calibration.target_patch_bytes"):
+        run(config.model_copy(update={"calibration": impossible}), tmp_path / "run")
+    trained = saved_steps(tmp_path / "run" / "state" / "entropy_model")
+    run(config, tmp_path / "run", resume=True)
+    assert trained == [12]
+    assert losses(tmp_path / "run")[-1][:2] == ("network", 20)
+
+
 def test_resuming_with_another_config_is_refused(text_file: Path, tmp_path: Path) -> None:
     run(run_config(text_file, "fixed"), tmp_path / "run")
     with pytest.raises(ValueError, match="started with another config"):

@@ -1,6 +1,7 @@
 """A run folder on disk: files that are replaced whole or not at all, and the training state that ``--resume`` reads.
 
-State is written beside its place and renamed, so a process that dies at any moment leaves the last whole state.
+State is written beside its place and renamed, so a process that dies at any moment leaves the last whole state. It is
+unpickled when a run resumes: resume only runs you trust (models, which are shared, hold no pickles).
 """
 
 import os
@@ -46,6 +47,8 @@ def save_state(
             dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
     except (Exception, CheckpointException) as error:
         _remove_partial(folder)
+        if _reason(error).startswith("KeyboardInterrupt"):  # a second Ctrl-C, which theirs wraps
+            raise KeyboardInterrupt from None
         raise OSError(
             f"the training state could not be written to {folder} ({_reason(error)}); free some space and go on with "
             "--resume: the last whole state is untouched"

@@ -18,22 +18,15 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 FROM_STDIN = "\0-"  # what main makes of a lone hyphen, which cyclopts takes for an option; no argument can hold a NUL
-REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
 
 app = App(name="blt", help="Byte Latent Transformers: train, measure, run.", version=__version__)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Options:
-    """Options of every command that runs a model."""
+class Output:
+    """Options of every command."""
 
-    device: str = "auto"
-    "auto, cpu, cuda or mps."
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    "Of weights and products; auto: bfloat16 on a GPU; the entropy model is always float32."
-    seed: int | None = None
-    "Of everything that is drawn at random; default: the config's, else 0."
     json: Annotated[bool, Parameter(negative=())] = False
     "Print one JSON object on stdout and nothing else there."
     quiet: Annotated[bool, Parameter(negative=())] = False
@@ -42,11 +35,24 @@ class Options:
     "Show the traceback of an error."
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options(Output):
+    """Options of every command that runs a model."""
+
+    device: str = "auto"
+    "auto, cpu, cuda or mps."
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Of weights (running) or of matrix products (training). auto: bfloat16 on CUDA, else float32; training measures."
+    seed: int | None = None
+    "Of everything that is drawn at random; default: the config's, else 0."
+
+
 Paths = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 
 
 @app.command
-def doctor(*, options: Options = Options()) -> None:
+def doctor(*, options: Output = Output()) -> None:
     """What this machine offers, what is missing, and how to get it."""
     from blt.doctor import checks
 
@@ -66,6 +72,7 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
     A demo that was interrupted goes on where it stopped.
     """
     from blt.config import read_run_config
+    from blt.evaluate import evaluation_line
     from blt.report import patched_text, terminal_lines
 
     config = _with_options(read_run_config("demo"), options)
@@ -80,10 +87,10 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
     print(f"\nIt writes (temperature 0.7):\n\n{sample.decode('utf-8', 'replace')}\n")
     print("It reads: | where a patch starts, under each byte how unsure the entropy model was\n")
     print("\n".join(terminal_lines(patched_text(lm, text), columns)))
-    print(f"\nOn held-out files, in bits per byte:\n{_evaluation_line(evaluation)}")
+    print(f"\nOn held-out files, in bits per byte:\n{evaluation_line(evaluation)}")
     if (out / "report.html").exists():
         print(f"Curves, samples and patches: {out}/report.html")
-    blt = "blt" if shutil.which("blt") else sys.argv[0]
+    blt = "blt" if shutil.which("blt") else sys.argv[0] if sys.argv[0].endswith("blt") else f"{sys.executable} -m blt"
     print(
         f"\nNext:\n  {blt} generate {out} 'class Stack:' --temperature 0.7\n"
         f"  {blt} patch {out} 'for line in open(path):' -o patches.html\n"
@@ -105,7 +112,7 @@ def train(
 ) -> None:
     """Train an entropy model (unless one is given), calibrate the threshold, train the network.
 
-    Ctrl-C saves; --resume continues to the bit.
+    Ctrl-C saves; --resume continues, on a CPU to the bit.
 
     Parameters
     ----------
@@ -125,11 +132,12 @@ def train(
         Show the resolved config, parameters and FLOPs, and train nothing.
     """
     from blt.config import read_run_config, to_toml
+    from blt.evaluate import evaluation_line
     from blt.flops import summary
 
     overrides = list(set_ or [])
     if data is not None:
-        overrides.append(f"data.paths={json.dumps(data)}")
+        overrides.append(f"data.paths={json.dumps(data, ensure_ascii=False)}")
     if raw:
         overrides.append("data.raw=true")
     run_config = _with_options(read_run_config(config, overrides), options)
@@ -141,12 +149,17 @@ def train(
         patch_bytes = run_config.model.patching.patch_bytes or run_config.calibration.target_patch_bytes
         _print_flops(summary(run_config.model, patch_bytes, run_config.training.row_bytes))
         return
-    run = out or Path("runs") / Path(config).stem
+    own_folder = Path(config).parent if Path(config).name == "config.toml" else None  # a run's own config
+    run = out or own_folder or Path("runs") / Path(config).stem
+    if resume and not (run / "config.toml").is_file():
+        raise FileNotFoundError(
+            f"{run} holds no run to resume; leave out --resume, or name the run's folder with --out"
+        )
     _, evaluation = _train(run_config, run, options, resume)
     if options.json:
         _print_json(evaluation)
     else:
-        print(f"held out, bits per byte: {_evaluation_line(evaluation)}\nthe run is in {run}")
+        print(f"held out, bits per byte: {evaluation_line(evaluation)}\nthe run is in {run}")
 
 
 @app.command
@@ -172,7 +185,7 @@ def evaluate(
         Length of the overlapping windows; default: the rows the run trained on, else at most 4096.
     """
     from blt import corpus
-    from blt.evaluate import evaluate_inputs
+    from blt.evaluate import evaluate_inputs, evaluation_line
 
     if window_bytes is not None and window_bytes < 2:
         raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
@@ -191,11 +204,11 @@ def evaluate(
         _print_json(figures)
         return
     for name, of_input in figures["files"].items():
-        print(f"{name}: {of_input['bytes']:,} bytes, {_evaluation_line(of_input)}")
+        print(f"{name}: {of_input['bytes']:,} bytes, {evaluation_line(of_input)}")
     if figures["empty_documents_skipped"]:
         print(f"{figures['empty_documents_skipped']} empty documents skipped")
     if len(figures["files"]) > 1:
-        print(f"all: {figures['bytes']:,} bytes, {_evaluation_line(figures)}")
+        print(f"all: {figures['bytes']:,} bytes, {evaluation_line(figures)}")
 
 
 @app.command
@@ -239,10 +252,12 @@ def generate(
     stats
         Say bytes per second at the end, on stderr.
     """
+    from blt.generate import GenerationStats
+
     lm = _load(model, options)
     data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt
     started = time.perf_counter()
-    written = bytearray()
+    written, stats_so_far = bytearray(), GenerationStats()
     pieces = lm.stream(
         data,
         max_bytes,
@@ -253,6 +268,7 @@ def generate(
         seed=options.seed or 0,
         stop=["-" if word == FROM_STDIN else word for word in stop or ()],
         utf8=utf8,
+        stats=stats_so_far,
     )
     for piece in pieces:
         written += piece
@@ -263,8 +279,8 @@ def generate(
     speed = len(written) / seconds
     if options.json:
         figures = {"text": written.decode("utf-8", "replace"), "bytes": written.hex(), "new_bytes": len(written)}
-        # every byte recomputes the whole row, so the latent transformer ran once for each
-        _print_json(figures | {"seconds": seconds, "bytes_per_second": speed, "latent_calls": len(written)})
+        figures |= {"seconds": seconds, "bytes_per_second": speed, "latent_calls": stats_so_far.latent_calls}
+        _print_json(figures)
     elif not raw:
         print()
     if stats:
@@ -307,9 +323,9 @@ def patch(
 def flops(
     config: str,
     *,
-    patch_bytes: float = 4.5,
+    patch_bytes: float | None = None,
     context_bytes: int | None = None,
-    options: Options = Options(),
+    options: Output = Output(),
 ) -> None:
     """Parameters, FLOPs per byte by part (the paper's eq. 13-17, and the entropy model), memory.
 
@@ -318,7 +334,7 @@ def flops(
     config
         A .toml file, a preset's name, or a model.
     patch_bytes
-        Mean bytes per patch.
+        Mean bytes per patch; default: the rule's own where it is fixed, else 4.5.
     context_bytes
         Length of the text; default: all that the model can hold.
     """
@@ -333,7 +349,7 @@ def flops(
 
         model_config = read_model_config(model_folder(config))
     context = context_bytes or model_config.max_bytes
-    counted = summary(model_config, patch_bytes, context)
+    counted = summary(model_config, patch_bytes or model_config.patching.patch_bytes or 4.5, context)
     if options.json:
         _print_json(counted)
     else:
@@ -364,6 +380,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in arguments:
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which --help must not wait for
+            _fail("out of memory; lower rows_per_step, raise micro_batches, or use --device cpu", FAILED)
         _fail(f"unexpected {type(error).__name__}: {error}\nRun again with --debug for the traceback", FAILED)
 
 
@@ -374,26 +392,12 @@ def _with_options(config: "RunConfig", options: Options) -> "RunConfig":
     return config if options.seed is None else config.with_training(seed=options.seed)
 
 
-def _train(config: Any, run: Path, options: Options, resume: bool) -> tuple["LanguageModel", dict[str, Any]]:
-    """Train, then evaluate on held-out text and write the report."""
-    from blt.checkpoint import write_whole
-    from blt.corpus import open_shard
-    from blt.evaluate import evaluate_inputs
+def _train(config: "RunConfig", run: Path, options: Options, resume: bool) -> tuple["LanguageModel", dict[str, Any]]:
     from blt.language_model import pick_device
-    from blt.report import can_draw, patched_text, write_report
-    from blt.train import train as train_run
+    from blt.train import train_and_report
 
     with _reporter(options) as reporter:
-        lm = train_run(config, run, pick_device(options.device), resume, reporter)
-        documents = open_shard(run / "corpus", "held_out").sample(REPORT_BYTES, seed=0)
-        window = config.training.row_bytes
-        evaluation = evaluate_inputs(lm.predict, {"held out": documents}, window, lm.device, reporter)
-        write_whole(run / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-        if can_draw():
-            write_report(run, patched_text(lm, documents[0][: min(300, lm.config.max_bytes - 1)]), evaluation)
-        else:
-            reporter.say("no report.html: it needs matplotlib, pip install 'blt-lm[plot]'")
-    return lm, evaluation
+        return train_and_report(config, run, pick_device(options.device), resume, reporter)
 
 
 def _load(model: str, options: Options) -> "LanguageModel":
@@ -414,13 +418,6 @@ def _reporter(options: Options) -> Any:
     from blt.progress import Reporter
 
     return Reporter(options.quiet)
-
-
-def _evaluation_line(figures: dict[str, Any]) -> str:
-    model, gzip, xz = (figures[f"{name}bits_per_byte"] for name in ("", "gzip_", "xz_"))
-    entropy_model = figures["entropy_model_bits_per_byte"]
-    own = "" if entropy_model is None else f"  entropy model {entropy_model:.3f}"
-    return f"BLT {model:.3f}{own}  gzip -9 {gzip:.3f}  xz -9e {xz:.3f}  patches {figures['mean_patch_bytes']:.2f} bytes"
 
 
 def _print_flops(counted: dict[str, Any]) -> None:
@@ -445,5 +442,5 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"blt: {message}", file=sys.stderr)
+    print(f"blt: {message.replace(FROM_STDIN, '-')}", file=sys.stderr)
     sys.exit(code)

@@ -157,7 +157,7 @@ class TrainingConfig(Config):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)  # not on norms, embeddings and tables
     clip_norm: float = Field(1.0, gt=0)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: the faster one here
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: measured
     seed: int = Field(0, ge=0)
     steps_per_report: int = Field(20, ge=1)
     steps_per_save: int = Field(200, ge=1)

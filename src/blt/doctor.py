@@ -32,9 +32,9 @@ def checks() -> list[Check]:
         _device(),
     ]
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    found.append(
-        Check("threads", f"{threads} of {cores} cores", f"set OMP_NUM_THREADS={cores}" if threads < cores else "")
-    )
+    limited = "OMP_NUM_THREADS" in os.environ and threads < cores
+    found.append(Check("threads", f"{threads}, {cores} cores", "unset OMP_NUM_THREADS to use more" if limited else ""))
+
     memory = _memory_gb()
     if memory is not None:
         found.append(Check("memory", f"{memory:.1f} GB", "" if memory >= 4 else "the demo wants 4 GB; close something"))

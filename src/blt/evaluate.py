@@ -111,6 +111,7 @@ def score_documents(
         longest = max(len(window.ids) for _, window in batch)
         ids = torch.tensor([window.ids + [BOE] * (longest - len(window.ids)) for _, window in batch], device=device)
         logits, entropy_logits, starts = predict(ids)
+        starts = starts.cpu()
         bits = _bits(logits, ids)
         entropy_bits = None if entropy_logits is None else _bits(entropy_logits, ids)
         for row, (index, window) in enumerate(batch):
@@ -128,7 +129,7 @@ def score_documents(
 def _bits(logits: Logits, ids: ByteIds) -> Tensor:
     """Bits that each id costs given the ids before it; entry 0, which nothing predicts, is 0."""
     nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return F.pad(nats.view(len(ids), -1).double() / math.log(2), (1, 0))
+    return F.pad(nats.view(len(ids), -1).cpu().double() / math.log(2), (1, 0))  # some devices have no float64
 
 
 def evaluate_inputs(
@@ -142,26 +143,37 @@ def evaluate_inputs(
 
     Empty documents are skipped and counted. Raises ValueError where there is nothing to score.
     """
-    total_bytes = sum(len(data) for documents in inputs.values() for data in documents)
+    everything = [data for documents in inputs.values() for data in documents]
+    total_bytes = sum(len(data) for data in everything)
     if total_bytes == 0:
         raise ValueError(f"nothing to evaluate: every document of {', '.join(inputs)} is empty")
-    done, files = 0, {}
+    done, files, of_inputs = 0, {}, []
 
     def on_scored(num_bytes: int) -> None:
         nonlocal done
-        done += num_bytes
-        reporter.show("evaluation", done, total_bytes, f"{done / 1e6:.2f} MB")
+        before, done = done, done + num_bytes
+        if 10 * done // total_bytes > 10 * before // total_bytes:
+            reporter.show("evaluation", done, total_bytes, f"{done / 1e6:.2f} MB")
 
-    of_inputs = []
     for name, documents in inputs.items():
+        if not any(documents):
+            continue
         scores = score_documents(predict, documents, window_bytes, device, on_scored=on_scored)
         scored = total_score(scores)
         files[name] = scored.as_json() | compressor_bits_per_byte(documents)
         of_inputs.append(scored)
-    everything = [data for documents in inputs.values() for data in documents]
     empty = sum(not data for data in everything)
     figures = total_score(of_inputs).as_json() | compressor_bits_per_byte(everything)
     return figures | {"window_bytes": window_bytes, "empty_documents_skipped": empty, "files": files}
+
+
+def evaluation_line(figures: Mapping[str, Any]) -> str:
+    """The figures of ``evaluate_inputs`` as a person reads them."""
+    model, gzip_bits, xz_bits = (figures[f"{name}bits_per_byte"] for name in ("", "gzip_", "xz_"))
+    entropy_model = figures["entropy_model_bits_per_byte"]
+    own = "" if entropy_model is None else f"  entropy model {entropy_model:.3f}"
+    patches = f"patches {figures['mean_patch_bytes']:.2f} bytes"
+    return f"BLT {model:.3f}{own}  gzip -9 {gzip_bits:.3f}  xz -9e {xz_bits:.3f}  {patches}"
 
 
 def compressor_bits_per_byte(documents: Sequence[bytes]) -> dict[str, float]:

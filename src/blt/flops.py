@@ -192,7 +192,7 @@ def saving_table(
     context_bytes = config.max_bytes if context_bytes is None else context_bytes
     token_model = token_model_flops_per_byte(config.latent, context_bytes)
     rows = []
-    for mean_patch_bytes in patch_sizes:
+    for mean_patch_bytes in (size for size in patch_sizes if size <= context_bytes):
         blt = flops_per_byte(config, mean_patch_bytes, context_bytes)
         rows.append(
             SavingRow(

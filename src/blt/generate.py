@@ -1,5 +1,6 @@
 """Next-id logits -> sampled bytes, as a stream: one id at a time until a limit, a stop string or EOS."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,13 @@ NextLogits = Float[Tensor, " vocab"]
 NEVER_EMITTED = (BOE, BOS, 3)
 
 
+@dataclass
+class GenerationStats:
+    """What a stream has cost so far."""
+
+    latent_calls: int = 0  # forward passes of the latent transformer
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How an id is drawn. Temperature 0 is greedy; the filters apply in the order top-k, top-p, min-p."""
@@ -24,7 +32,7 @@ class Sampling:
     utf8: bool = False  # only bytes that keep the text well-formed UTF-8, by renormalising
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
@@ -49,7 +57,7 @@ def next_probabilities(logits: NextLogits, sampling: Sampling, text: bytes) -> N
         logits[~allowed] = -torch.inf
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(0, logits.argmax(0, keepdim=True), 1.0)
-    probabilities = (logits / sampling.temperature).softmax(0)
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(0)
     if sampling.top_k is not None:
         smallest_kept = probabilities.topk(min(sampling.top_k, len(probabilities))).values[-1]
         probabilities = torch.where(probabilities >= smallest_kept, probabilities, 0)
@@ -70,6 +78,7 @@ def generate_ids(
     max_bytes: int,
     sampling: Sampling,
     generator: torch.Generator,
+    stats: GenerationStats,
 ) -> Iterator[int]:
     """Ids after the prompt, until EOS (not yielded) or ``max_bytes``. Recomputes everything for every byte.
 
@@ -79,6 +88,7 @@ def generate_ids(
     text = bytes(byte_id - BYTE_OFFSET for byte_id in ids if byte_id >= BYTE_OFFSET)
     for _ in range(max_bytes):
         probabilities = next_probabilities(next_logits(ids).cpu(), sampling, text[-3:])
+        stats.latent_calls += 1
         byte_id = int(torch.multinomial(probabilities, 1, generator=generator))
         if byte_id == EOS:
             return

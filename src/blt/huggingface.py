@@ -34,7 +34,7 @@ HF_PAD = 3
 # Models that transformers' class cannot express: config.json holds our ModelConfig, and the weights have a name that no
 # class of transformers looks for, since BltForCausalLM asked by name does not read the model_type.
 OWN_MODEL_TYPE = "blt-lm"
-WEIGHTS, OWN_WEIGHTS = "model.safetensors", "blt-lm.safetensors"
+WEIGHTS, OWN_WEIGHTS, INDEX = "model.safetensors", "blt-lm.safetensors", "model.safetensors.index.json"
 
 ONLY_SUPPORTED = {  # what released models have and this code computes; a config.json that says otherwise is refused
     ("patching_mode",): "entropy",
@@ -217,7 +217,8 @@ def save_model(
         partial.unlink(missing_ok=True)
         raise OSError(f"the model could not be written to {folder} ({error}); what was there is untouched") from None
     os.replace(partial, folder / name)
-    (folder / other).unlink(missing_ok=True)
+    for outdated in (other, INDEX):
+        (folder / outdated).unlink(missing_ok=True)
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
     for name, values in (("config.json", to_config_json(config)), ("generation_config.json", generation)):
         write_whole(folder / name, json.dumps(values, indent=2) + "\n")
@@ -234,7 +235,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyMo
         network = ByteLatentTransformer(config)
     expected = {weight_name(name): weight for name, weight in named_weights(entropy_model, network).items()}
     found: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
+    for file in _weight_files(folder, OWN_WEIGHTS if inexpressible(config) else WEIGHTS):
         found |= dict(_read_weights(file, expected))
     missing = expected.keys() - found.keys()
     if missing:
@@ -268,20 +269,20 @@ def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[s
     }
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """The one file of weights, or the several that an index names."""
+    if (folder / name).is_file():
+        return [folder / name]
+    index = folder / INDEX
     if index.is_file():
         try:
             names = json.loads(index.read_text("utf-8"))["weight_map"].values()
             return [folder / name for name in sorted(set(names))]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{index} is damaged, it maps no weights to files; copy the model again") from None
-    files = [folder / name for name in (WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()]
-    if not files:
-        pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-        because = f"; {pickles[0]} may be a pickle, which could run code and is not read" if pickles else ""
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}{because}")
-    return files
+    pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    because = f"; {pickles[0]} may be a pickle, which could run code and is not read" if pickles else ""
+    raise FileNotFoundError(f"{folder} holds no {name}{because}")
 
 
 def _read_weights(file: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -311,5 +312,5 @@ def _stack_json(config: TransformerConfig, longest: int) -> dict[str, Any]:
 
 def _stack_values(values: dict[str, Any], windowed: bool = False) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values
-    window = {"window_positions": values.get("sliding_window")} if windowed else {}
+    window = {"window_positions": values.get("sliding_window", 512)} if windowed else {}
     return {ours: values[theirs] for ours, theirs in STACK_KEYS.items()} | {"rope_theta": rope["rope_theta"]} | window

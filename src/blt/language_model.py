@@ -10,10 +10,10 @@ import torch
 from blt import byte_ids
 from blt.config import ModelConfig
 from blt.evaluate import Score, score_documents
-from blt.generate import NextLogits, Sampling, generate_ids, stream_text
+from blt.generate import GenerationStats, NextLogits, Sampling, generate_ids, stream_text
 from blt.huggingface import load_model, save_model
 from blt.model.byte_latent_transformer import ByteLatentTransformer
-from blt.model.entropy_model import EntropyModel
+from blt.model.entropy_model import EntropyModel, entropies_of
 from blt.model.patching import patch_starts
 from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
 
@@ -73,12 +73,19 @@ class LanguageModel:
 
     def predict(self, ids: ByteIds) -> tuple[Logits, Logits | None, PatchStarts]:
         """Logits of the network and of the entropy model, and the patch starts between them, for whole rows."""
-        starts = self.patch_starts(ids)
+        self._check_length(ids)
         entropy_logits = None if self.entropy_model is None else self.entropy_model(ids)
+        entropies = None if entropy_logits is None else entropies_of(entropy_logits)
+        starts = patch_starts(ids, entropies, self.config.patching)
         return self.network(ids, starts), entropy_logits, starts
 
     def score(self, text: Text, window_bytes: int = 4096) -> Score:
-        """Bits per byte and patch statistics of a text, as one document; see ``evaluate.windows`` for long ones."""
+        """Bits per byte and patch statistics of a text, as one document; see ``evaluate.windows`` for long ones.
+
+        Raises ValueError for an empty text.
+        """
+        if not text:
+            raise ValueError("an empty text has no bits per byte")
         window = min(window_bytes, self.config.max_bytes)
         return score_documents(self.predict, [byte_ids.as_bytes(text)], window, self.device)[0]
 
@@ -105,10 +112,13 @@ class LanguageModel:
         seed: int = 0,
         stop: Iterable[Text] = (),
         utf8: bool = False,
+        stats: GenerationStats | None = None,
     ) -> Iterator[bytes]:
         """Pieces of what the model writes, as they come: whole UTF-8 characters, up to a stop string, EOS or the limit.
 
-        Temperature 0 is greedy. Raises ValueError where prompt and ``max_bytes`` exceed the model's limit.
+        Temperature 0 is greedy. ``stats`` is filled as the stream goes on.
+
+        Raises ValueError where prompt and ``max_bytes`` exceed the model's limit.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, utf8)
         prompt_ids = byte_ids.encode(prompt)
@@ -120,7 +130,7 @@ class LanguageModel:
                 "bytes this model can hold; shorten one of them"
             )
         generator = torch.Generator().manual_seed(seed)
-        ids = generate_ids(self._next_logits, prompt_ids, max_bytes, sampling, generator)
+        ids = generate_ids(self._next_logits, prompt_ids, max_bytes, sampling, generator, stats or GenerationStats())
         return stream_text(ids, [byte_ids.as_bytes(word) for word in stop if word])
 
     def save(self, folder: str | Path) -> None:
@@ -160,7 +170,9 @@ def model_folder(model: str | Path) -> Path:
                 f"{path} is a run without a model yet; train on with: blt train {path}/config.toml "
                 f"--out {path} --resume"
             )
-        return path if path.is_dir() else path.parent
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is a file; give the folder that holds the model's config.json")
+        return path
     name = str(model)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise FileNotFoundError(errno.ENOENT, "no such model folder", name)
@@ -176,12 +188,15 @@ def model_folder(model: str | Path) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one. Raises ValueError for a device that this machine lacks."""
-    has_mps = torch.backends.mps.is_available()
+    """``auto`` is CUDA where there is one, else the CPU (mps has to be asked for: nobody has measured it yet).
+
+    Raises ValueError for a device that this machine lacks.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    known = name.partition(":")[0] in ("cpu", "cuda", "mps")
-    if not known or (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    if not (index.isdigit() or not index) or int(index or 0) >= count:
         raise ValueError(f"device {name} is not available here; use --device cpu, or auto")
     return torch.device(name)
 

@@ -1,4 +1,4 @@
-"""One training loop for every network: rows in, updates out, reports on the way, state that resumes to the bit."""
+"""One training loop for every network: rows in, updates out, reports on the way, state that resumes exactly."""
 
 import json
 import math
@@ -105,7 +105,7 @@ def optimise(
     reporter: Reporter,
     stop_requested: Callable[[], bool],
 ) -> None:
-    """The training loop: resumes from the newest state in the job's folder, and continues to the bit."""
+    """The training loop: goes on from the newest state in the job's folder, on a CPU to the bit."""
     config, device = job.config, next(job.model.parameters()).device
     optimizer = build_optimizer(job.model, config)
     reader = corpus.BatchReader(shard, config.row_bytes, config.rows_per_step, config.seed)

@@ -1,7 +1,6 @@
 """What a person sees of a long job, on stderr: one live line on a terminal, one plain line per report elsewhere."""
 
 import sys
-import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,7 +21,6 @@ class Reporter:
         )
         self.live = self.console.is_terminal and not quiet
         self.bars = Progress(*columns, console=self.console, transient=True, disable=not self.live)
-        self._started: dict[str, float] = {}
         self._tasks: dict[str, int] = {}
 
     def __enter__(self) -> "Reporter":
@@ -40,14 +38,11 @@ class Reporter:
             print(line, file=sys.stderr, flush=True)
 
     def show(self, job: str, done: int, total: int, figures: str) -> None:
-        """How far ``job`` is, with its latest figures; the time left is extrapolated from where it began here."""
-        now = time.monotonic()
-        if job not in self._started:
-            self._started[job] = now
+        """How far ``job`` is, with its latest figures; a terminal also shows the time left."""
+        if job not in self._tasks:
             self._tasks[job] = self.bars.add_task(job, total=total, completed=done, figures="")
         self.bars.update(self._tasks[job], completed=done, figures=figures)  # type: ignore[arg-type]
         if not self.live:
             self.say(f"{job} {100 * done // total:3d}%  {figures}")
         if done >= total:
             self.bars.remove_task(self._tasks.pop(job))  # type: ignore[arg-type]
-            del self._started[job]

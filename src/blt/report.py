@@ -14,6 +14,7 @@ from typing import Any
 from blt.byte_ids import as_bytes
 from blt.checkpoint import write_whole
 from blt.language_model import LanguageModel, Text
+from blt.optimise import Metrics
 
 BARS = " ▁▂▃▄▅▆▇█"
 BAR_NATS = 5.0  # entropies from here on fill a bar
@@ -107,7 +108,7 @@ def save_picture(text: PatchedText, path: Path) -> None:
 
 def write_report(run: Path, text: PatchedText, evaluation: dict[str, Any] | None) -> None:
     """RUN/report.html: curves, figures, samples and the patch picture in one page without outside links."""
-    reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    reports = Metrics(run / "metrics.jsonl").read()
     samples = [report for report in reports if "sample" in report]
     parts = [f"<h1>{html.escape(run.name)}</h1>", _svg(_curves(reports))]
     if evaluation is not None:

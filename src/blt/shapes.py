@@ -5,7 +5,7 @@ unknown one; ``patch`` patches of a row; ``slot`` vectors that stand for one pat
 Tests check these types at every call (tests/conftest.py).
 """
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 # bytes
@@ -34,4 +34,4 @@ Logits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
 
 # attention
 MayAttend = Bool[Tensor, "batch query key"]  # True: the query position may read the key position
-Rotation = Float[Tensor, "position half_head_dim"]  # cosines or sines of the rotary angles, fp32
+Rotation = Complex[Tensor, "position half_head_dim"]  # unit complex numbers of the rotary angles, fp32

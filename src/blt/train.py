@@ -1,5 +1,6 @@
 """Text -> a trained model: entropy model, threshold, network, in one run folder."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,22 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt import corpus
+from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import saved_steps, write_whole
 from blt.config import ModelConfig, RunConfig, TrainingConfig, read_run_config, to_toml
-from blt.evaluate import score_documents, total_score
+from blt.evaluate import evaluate_inputs, score_documents, total_score
 from blt.flops import flops_per_byte
 from blt.huggingface import load_model
-from blt.language_model import LanguageModel, load
+from blt.language_model import LanguageModel, model_folder
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
 from blt.optimise import Job, Metrics, next_id_loss, optimise, stop_after_this_step
 from blt.progress import Reporter
+from blt.report import can_draw, patched_text, write_report
 from blt.shapes import ByteIds, PatchStarts
 
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
+REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
 
 
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
@@ -35,6 +39,7 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config,
     KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
     """
+    pretrained = _pretrained_entropy_model(config, device)
     is_new = not (run / "config.toml").exists()
     config = _claim_folder(config, run, device, resume)
     try:
@@ -56,13 +61,29 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
         if saved_steps(network_state):
             lm = LanguageModel(*load_model(run / "model", torch.float32)).to(device)
         else:
-            entropy_model = _entropy_model(config, run, device, held_out, optimise_job)
+            entropy_model = pretrained or _trained_entropy_model(config, run, device, held_out, optimise_job)
             model_config = _calibrated(config, entropy_model, train_shard, held_out, metrics, reporter)
             network = ByteLatentTransformer(model_config)
             initialise(network, torch.Generator().manual_seed(config.training.seed))
             lm = LanguageModel(model_config, entropy_model, network.to(device))
         optimise_job(_network_job(lm, config.training, run, held_out))
     return lm
+
+
+def train_and_report(
+    config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """Train, score held-out text, and leave evaluation.json and report.html in the run folder."""
+    lm = train(config, run, device, resume, reporter)
+    documents = corpus.open_shard(run / "corpus", "held_out").sample(REPORT_BYTES, seed=0)
+    row_bytes = config.training.row_bytes
+    evaluation = evaluate_inputs(lm.predict, {"held out": documents}, row_bytes, lm.device, reporter)
+    write_whole(run / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+    if can_draw():
+        write_report(run, patched_text(lm, documents[0][: min(300, lm.config.max_bytes - 1)]), evaluation)
+    else:
+        reporter.say("no report.html: it needs matplotlib, pip install 'blt-lm[plot]'")
+    return lm, evaluation
 
 
 def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpus.ByteShard, corpus.ByteShard]:
@@ -111,15 +132,21 @@ def _claim_folder(config: RunConfig, run: Path, device: torch.device, resume: bo
     config_file = run / "config.toml"
     if config_file.exists() and not resume:
         raise FileExistsError(f"{run} holds a run already; go on with it (--resume) or give another folder (--out)")
-    updates: dict[str, Any] = {"training": resolve_dtype(config.training, device)}
-    if config.entropy_training is not None:
-        updates["entropy_training"] = resolve_dtype(config.entropy_training, device)
     if not config_file.exists():
+        leftover = [name for name in ("corpus", "state", "model", "metrics.jsonl") if (run / name).exists()]
+        if leftover:
+            raise FileExistsError(f"{run / leftover[0]} is there, but no config.toml; give another folder (--out)")
+        updates: dict[str, Any] = {"training": resolve_dtype(config.training, device)}
+        if config.entropy_training is not None:
+            updates["entropy_training"] = resolve_dtype(config.entropy_training, device)
         run.mkdir(parents=True, exist_ok=True)
         config = config.model_copy(update=updates)
         write_whole(config_file, to_toml(config))
         return config
     started_with = read_run_config(config_file)
+    if not saved_steps(run / "state" / "network"):  # nothing depends on the calibration yet
+        started_with = started_with.model_copy(update={"calibration": config.calibration})
+        write_whole(config_file, to_toml(started_with))
     if _without_dtypes(started_with) != _without_dtypes(config):
         raise ValueError(
             f"{run} was started with another config than this one; go on with its own: blt train {config_file} "
@@ -132,24 +159,29 @@ def _without_dtypes(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"training": {"dtype"}, "entropy_training": {"dtype"}})
 
 
-def _entropy_model(
+def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | None:
+    """The entropy model of the model that the config names, if it does. Raises ValueError for one of another shape."""
+    if config.pretrained_entropy_model is None:
+        return None
+    _, found, _ = load_model(model_folder(config.pretrained_entropy_model), torch.float32)
+    if found is None or found.config != config.model.entropy_model:
+        raise ValueError(
+            f"{config.pretrained_entropy_model} has another entropy model than [model.entropy_model] describes: "
+            f"{found.config if found else 'none'}"
+        )
+    return found.to(device)
+
+
+def _trained_entropy_model(
     config: RunConfig,
     run: Path,
     device: torch.device,
     held_out: corpus.ByteShard,
     optimise_job: Callable[[Job], None],
 ) -> EntropyModel | None:
-    """The entropy model of this run: trained here, or taken from the model that the config names."""
+    """This run's own entropy model; None for a patching rule that needs none."""
     if config.model.entropy_model is None:
         return None
-    if config.pretrained_entropy_model is not None:
-        found = load(config.pretrained_entropy_model, device=str(device)).entropy_model
-        if found is None or found.config != config.model.entropy_model:
-            raise ValueError(
-                f"{config.pretrained_entropy_model} has another entropy model than [model.entropy_model] describes: "
-                f"{found.config if found else 'none'}"
-            )
-        return found
     assert config.entropy_training is not None
     entropy_model = EntropyModel(config.model.entropy_model)
     initialise(entropy_model, torch.Generator().manual_seed(config.entropy_training.seed))
@@ -185,7 +217,8 @@ def _network_job(lm: LanguageModel, training: TrainingConfig, run: Path, held_ou
     def loss(rows: ByteIds) -> tuple[Tensor, int]:
         inputs = rows[:, :-1]
         starts = lm.patch_starts(inputs)
-        return next_id_loss(lm.network(inputs, starts), rows[:, 1:]), int(starts[:, :-1].sum())
+        patches = int((starts[:, :-1] & (inputs >= BYTE_OFFSET)).sum())
+        return next_id_loss(lm.network(inputs, starts), rows[:, 1:]), patches
 
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
@@ -220,8 +253,9 @@ def _calibrated(
     row_bytes, target = config.training.row_bytes, config.calibration.target_patch_bytes
 
     def rows_with_entropies(shard: corpus.ByteShard) -> tuple[ByteIds, Tensor]:
-        reader = corpus.BatchReader(shard, row_bytes, 16, seed=0)
-        num_batches = -(-min(config.calibration.sample_bytes, shard.num_bytes) // (16 * row_bytes))
+        rows_at_once = config.training.rows_per_step // config.training.micro_batches
+        reader = corpus.BatchReader(shard, row_bytes, rows_at_once, seed=0)
+        num_batches = -(-min(config.calibration.sample_bytes, shard.num_bytes) // (rows_at_once * row_bytes))
         batches = [reader.next_batch()[:, :-1].to(device) for _ in range(num_batches)]
         return torch.cat(batches), torch.cat([entropy_model.entropies(rows) for rows in batches])
 

@@ -6,13 +6,12 @@ of one patch only, so no bytes x patches matrix ever exists.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from blt.model.norm import RMSNorm
-from blt.shapes import DocumentIds, MayAttend, NewestClosedPatch, PatchIds
+from blt.shapes import DocumentIds, MayAttend, NewestClosedPatch, PatchIds, Rotation
 
-Rotation = Complex[Tensor, "position half_head_dim"]
 Heads = Float[Tensor, "batch head position head_dim"]
 
 

@@ -1,6 +1,7 @@
 """Bytes -> entropies: a small causal byte transformer says how hard each next byte is (2.3, 4.2)."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from blt.byte_ids import NEWLINE, VOCAB_SIZE, document_ids
@@ -31,10 +32,14 @@ class EntropyModel(nn.Module):
         unknown next id. Always fp32: in bf16 a prefix and its whole row disagree about patches now and then.
         """
         with torch.autocast(byte_ids.device.type, enabled=False):
-            log_probabilities = self(byte_ids).float().log_softmax(-1)
-        entropies = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        unknown_first = entropies.new_full((len(entropies), 1), float("nan"))
-        return torch.cat([unknown_first, entropies], dim=1)
+            return entropies_of(self(byte_ids))
+
+
+def entropies_of(logits: EntropyLogits) -> Entropies:
+    """The entropies of a model's predictions, shifted to the ids they are about; entry 0 is nan."""
+    log_probabilities = logits.float().log_softmax(-1)
+    entropies = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return F.pad(entropies, (1, 0), value=float("nan"))
 
 
 def entropy_contexts(byte_ids: ByteIds, reset_at_newline: bool) -> DocumentIds:

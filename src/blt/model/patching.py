@@ -131,7 +131,7 @@ def threshold_for_patch_size(
     if not mean_at(low) <= target_patch_bytes <= mean_at(high):
         raise ValueError(
             f"no threshold gives patches of {target_patch_bytes} bytes here: they can average "
-            f"{mean_at(low):.2f} to {mean_at(high):.2f}"
+            f"{mean_at(low):.2f} to {mean_at(high):.2f}; set another calibration.target_patch_bytes"
         )
     for _ in range(40):
         middle = (low + high) / 2

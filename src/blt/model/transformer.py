@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from blt.config import TransformerConfig
-from blt.model.attention import Rotation, SelfAttention, may_attend, rotary_rotation
+from blt.model.attention import SelfAttention, may_attend, rotary_rotation
 from blt.model.norm import RMSNorm
-from blt.shapes import DocumentIds, MayAttend
+from blt.shapes import DocumentIds, MayAttend, Rotation
 
 States = Float[Tensor, "batch position width"]
 
