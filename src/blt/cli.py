@@ -78,13 +78,13 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
     config = _with_options(read_run_config("demo"), options)
     lm, evaluation = _train(config, out, options, resume=True)
     prompt = b"def read_lines(path):\n"
-    sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.7, seed=options.seed or 0))
+    sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.9, seed=options.seed or 0))
     text = "import os\n\ndef home():\n    return os.path.expanduser('~')\n"
     if options.json:
         _print_json(evaluation | {"sample": sample.decode("utf-8", "replace")})
         return
     columns = shutil.get_terminal_size().columns
-    print(f"\nIt writes (temperature 0.7):\n\n{sample.decode('utf-8', 'replace')}\n")
+    print(f"\nIt writes (temperature 0.9):\n\n{sample.decode('utf-8', 'replace')}\n")
     print("It reads: | where a patch starts, under each byte how unsure the entropy model was\n")
     print("\n".join(terminal_lines(patched_text(lm, text), columns)))
     print(f"\nOn held-out files, in bits per byte:\n{evaluation_line(evaluation)}")
@@ -92,7 +92,7 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
         print(f"Curves, samples and patches: {out}/report.html")
     blt = "blt" if shutil.which("blt") else sys.argv[0] if sys.argv[0].endswith("blt") else f"{sys.executable} -m blt"
     print(
-        f"\nNext:\n  {blt} generate {out} 'class Stack:' --temperature 0.7\n"
+        f"\nNext:\n  {blt} generate {out} 'class Stack:' --temperature 0.9\n"
         f"  {blt} patch {out} 'for line in open(path):' -o patches.html\n"
         f"  {blt} train small --data FOLDER --out runs/mine"
     )
