@@ -185,7 +185,7 @@ def test_a_folder_with_something_of_that_name_is_not_taken_over(leftover: str, t
 def test_an_unreachable_patch_size_costs_no_training(text_file: Path, tmp_path: Path) -> None:
     config = run_config(text_file)
     impossible = config.calibration.model_copy(update={"target_patch_bytes": 5000.0})
-    with pytest.raises(ValueError, match="set another calibration.target_patch_bytes"):
+    with pytest.raises(ValueError, match=r"set another calibration\.target_patch_bytes"):
         run(config.model_copy(update={"calibration": impossible}), tmp_path / "run")
     trained = saved_steps(tmp_path / "run" / "state" / "entropy_model")
     run(config, tmp_path / "run", resume=True)
