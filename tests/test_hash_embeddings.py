@@ -10,7 +10,7 @@ from blt.byte_ids import VOCAB_SIZE
 from blt.config import HashEmbeddingsConfig
 from blt.model.hash_embeddings import PRIMES, HashEmbeddings, table_rows
 
-RELEASED_PRIMES = (  # from compatibility.md
+RELEASED_PRIMES = (  # of the released checkpoints, in their order
     *(1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899),
     *(9576890767, 3628273133, 2860486313, 5463458053, 3367900313),
 )

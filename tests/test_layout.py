@@ -1,4 +1,4 @@
-"""The code is laid out as the handbook says: names that say something, files of one sitting, imports when needed."""
+"""The code keeps to a layout: names that say something, files of one sitting, imports when needed."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ import blt
 PACKAGE = Path(blt.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SAYS_NOTHING = {"utils", "util", "common", "core", "base", "helpers", "helper", "types", "ops", "misc"}
-ABBREVIATED = {"bs", "seq_len", "embeds", "h_cross", "cross_attn_k", "toks", "cfg"}  # the handbook's table
+ABBREVIATED = {"bs", "seq_len", "embeds", "h_cross", "cross_attn_k", "toks", "cfg"}  # we write the words
 LONGEST_FILE, LONGEST_FUNCTION = 450, 90
 
 
@@ -43,7 +43,7 @@ def test_no_function_has_a_name_that_says_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_no_identifier_is_one_that_the_handbook_replaced(path: Path) -> None:
+def test_no_identifier_is_an_abbreviation(path: Path) -> None:
     with path.open("rb") as file:
         words = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.NAME]
     found = [f"{word.string} in line {word.start[0]}" for word in words if word.string in ABBREVIATED]
@@ -135,3 +135,10 @@ def test_the_public_names_are_the_documented_ones_and_import_on_first_use() -> N
     assert all(getattr(blt, name).__module__ == "blt.language_model" for name in blt.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         _ = blt.nonesuch
+
+
+def test_every_shape_of_the_glossary_is_used_somewhere() -> None:
+    aliases = re.findall(r"^(\w+) = ", (PACKAGE / "shapes.py").read_text(), flags=re.MULTILINE)
+    elsewhere = "".join(path.read_text() for path in SOURCES if path.name != "shapes.py")
+    assert aliases
+    assert [alias for alias in aliases if not re.search(rf"\b{alias}\b", elsewhere)] == []
