@@ -255,6 +255,8 @@ def test_what_transformers_cannot_express_comes_back_to_us_whole_and_is_unknown_
     for auto in (AutoConfig, AutoModelForCausalLM):
         with pytest.raises(ValueError, match="blt-lm"):
             auto.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"model\.safetensors"):  # by name it does not read the model_type
+        BltForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ALL_CONFIGS)

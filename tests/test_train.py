@@ -195,8 +195,13 @@ def test_an_unreachable_patch_size_costs_no_training(text_file: Path, tmp_path: 
 
 def test_resuming_with_another_config_is_refused(text_file: Path, tmp_path: Path) -> None:
     run(run_config(text_file, "fixed"), tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_text()
+    shutil.rmtree(tmp_path / "run" / "state")
+    other = run_config(text_file, "fixed", learning_rate=0.5)
+    other = other.model_copy(update={"calibration": other.calibration.model_copy(update={"target_patch_bytes": 9.0})})
     with pytest.raises(ValueError, match="started with another config"):
-        run(run_config(text_file, "fixed", learning_rate=0.5), tmp_path / "run", resume=True)
+        run(other, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.toml").read_text() == before
 
 
 def test_a_loss_that_explodes_stops_the_run_with_advice(text_file: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Options(Output):
     device: str = "auto"
     "auto, cpu, cuda or mps."
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    "Of weights (running) or of matrix products (training). auto: bfloat16 on CUDA, else float32; training measures."
+    "Of weights, or in training of matrix products. auto: bfloat16 on CUDA, measured in training; resuming keeps it."
     seed: int | None = None
     "Of everything that is drawn at random; default: the config's, else 0."
 

@@ -143,15 +143,16 @@ def _claim_folder(config: RunConfig, run: Path, device: torch.device, resume: bo
         config = config.model_copy(update=updates)
         write_whole(config_file, to_toml(config))
         return config
-    started_with = read_run_config(config_file)
-    if not saved_steps(run / "state" / "network"):  # nothing depends on the calibration yet
-        started_with = started_with.model_copy(update={"calibration": config.calibration})
-        write_whole(config_file, to_toml(started_with))
+    found = read_run_config(config_file)
+    calibrates_again = not saved_steps(run / "state" / "network")  # nothing depends on the calibration yet
+    started_with = found.model_copy(update={"calibration": config.calibration}) if calibrates_again else found
     if _without_dtypes(started_with) != _without_dtypes(config):
         raise ValueError(
             f"{run} was started with another config than this one; go on with its own: blt train {config_file} "
             f"--out {run} --resume"
         )
+    if started_with != found:
+        write_whole(config_file, to_toml(started_with))
     return started_with
 
 
