@@ -19,7 +19,10 @@ import hypothesis
 import jaxtyping
 import pytest
 
-_WITH_TENSORS = ("byte_ids", "corpus", "evaluate", "generate", "language_model", "model", "optimise", "train")
+_WITH_TENSORS = (
+    *("byte_ids", "corpus", "evaluate", "generate", "huggingface_generate", "incremental"),
+    *("language_model", "model", "optimise", "train"),
+)
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no property
 hypothesis.settings.load_profile("unhurried")
 jaxtyping.install_import_hook([f"blt.{module}" for module in _WITH_TENSORS], "beartype.beartype")

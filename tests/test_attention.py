@@ -9,15 +9,11 @@ from hypothesis import strategies as st
 from tiny import randomise
 from torch import Tensor
 
-from blt.model.attention import (
-    CrossAttention,
-    DecoderCrossAttention,
-    EncoderCrossAttention,
-    SelfAttention,
-    may_attend,
-    rotary_rotation,
-    rotate,
-)
+from blt.config import TransformerConfig
+from blt.model.attention import CrossAttention, DecoderCrossAttention, EncoderCrossAttention, may_attend
+from blt.model.patching import flat_index
+from blt.model.rotary import rotary_rotation, rotate
+from blt.model.transformer import Block
 
 WIDTH, NUM_HEADS, NUM_BYTES, NUM_PATCHES = 12, 3, 7, 5
 CPU = torch.device("cpu")
@@ -43,6 +39,12 @@ def dense_cross_attention(layer: CrossAttention, readers: Tensor, read: Tensor, 
     return torch.cat(mixed, 1) @ layer.o_proj.weight.T
 
 
+def gather(layer: EncoderCrossAttention, slots: Tensor, byte_states: Tensor) -> Tensor:
+    """What the slots of ``PATCH_IDS`` read, ``[row, patch, slot, width]``."""
+    read = layer(slots.flatten(0, 1), byte_states.flatten(0, 1), flat_index(PATCH_IDS, NUM_PATCHES))
+    return read.unflatten(0, (2, NUM_PATCHES))
+
+
 def random_states(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
@@ -63,7 +65,7 @@ def test_slots_read_their_patch_as_under_a_dense_mask_and_so_do_gradients(slots_
     randomise(layer, seed=0)
     slots = random_states(2, NUM_PATCHES, slots_per_patch, WIDTH, seed=1)
     byte_states = random_states(2, NUM_BYTES, WIDTH, seed=2)
-    read = layer(slots, byte_states, PATCH_IDS)
+    read = gather(layer, slots, byte_states)
     patch_of_slot = torch.arange(NUM_PATCHES).repeat_interleave(slots_per_patch)
     rows, expected = [], []
     for row in range(2):
@@ -75,15 +77,17 @@ def test_slots_read_their_patch_as_under_a_dense_mask_and_so_do_gradients(slots_
 
 
 @pytest.mark.parametrize("slots_per_patch", [1, 2, 4])
-def test_bytes_read_the_newest_closed_patch_as_under_a_dense_mask_and_so_do_gradients(slots_per_patch: int) -> None:
+def test_bytes_add_to_twice_their_states_what_they_read_of_the_newest_closed_patch(slots_per_patch: int) -> None:
     layer = DecoderCrossAttention(WIDTH, NUM_HEADS, 1e-5)
     randomise(layer, seed=0)
     slots = random_states(2, NUM_PATCHES, slots_per_patch, WIDTH, seed=1)
     byte_states = random_states(2, NUM_BYTES, WIDTH, seed=2)
-    read = layer(byte_states, slots, NEWEST_CLOSED)
+    keys, values = (part[flat_index(NEWEST_CLOSED, NUM_PATCHES)] for part in layer.keys_values(slots.flatten(0, 1)))
+    read = layer.read_patches(byte_states, keys, values)
     patch_of_slot = torch.arange(NUM_PATCHES).repeat_interleave(slots_per_patch)
     expected = [
-        dense_cross_attention(
+        2 * byte_states[row]
+        + dense_cross_attention(
             layer, byte_states[row], slots[row].flatten(0, 1), NEWEST_CLOSED[row][:, None] == patch_of_slot[None, :]
         )
         for row in range(2)
@@ -95,7 +99,7 @@ def test_slots_of_empty_patches_read_nothing_and_give_no_gradient() -> None:
     layer = EncoderCrossAttention(WIDTH, NUM_HEADS, 1e-5)
     randomise(layer, seed=0)
     slots, byte_states = random_states(2, NUM_PATCHES, 2, WIDTH, seed=1), random_states(2, NUM_BYTES, WIDTH, seed=2)
-    read = layer(slots, byte_states, PATCH_IDS)
+    read = gather(layer, slots, byte_states)
     assert read[1, 3:].eq(0).all()
     (gradient,) = torch.autograd.grad(read.sum(), [slots])
     assert gradient.isfinite().all()
@@ -109,9 +113,9 @@ def test_scores_far_beyond_what_exp_can_hold_still_give_a_softmax(scale: float) 
     with torch.no_grad():
         layer.q_proj.weight *= scale
         slots, byte_states = random_states(1, 1, 2, WIDTH, seed=1), random_states(1, NUM_BYTES, WIDTH, seed=2)
-        read = layer(slots, byte_states, torch.zeros(1, NUM_BYTES, dtype=torch.long))
+        read = layer(slots[0], byte_states[0], torch.zeros(NUM_BYTES, dtype=torch.long))
         expected = dense_cross_attention(layer, slots[0, 0], byte_states[0], torch.ones(2, NUM_BYTES, dtype=torch.bool))
-    torch.testing.assert_close(read[0, 0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(read[0], expected, atol=1e-4, rtol=0)
 
 
 def test_a_slot_ignores_the_bytes_of_other_patches_to_the_bit() -> None:
@@ -119,9 +123,9 @@ def test_a_slot_ignores_the_bytes_of_other_patches_to_the_bit() -> None:
     randomise(layer, seed=0)
     slots, byte_states = random_states(2, NUM_PATCHES, 2, WIDTH, seed=1), random_states(2, NUM_BYTES, WIDTH, seed=2)
     with torch.no_grad():
-        before = layer(slots, byte_states, PATCH_IDS)
+        before = gather(layer, slots, byte_states)
         byte_states[0, 3] += 1.0  # in patch 2 of row 0
-        after = layer(slots, byte_states, PATCH_IDS)
+        after = gather(layer, slots, byte_states)
     changed = (before != after).flatten(2).any(-1)
     assert changed.nonzero().tolist() == [[0, 2]]
 
@@ -171,10 +175,10 @@ def test_a_position_may_attend_within_its_document_and_window_and_not_ahead(
         assert allowed.tolist() == expected
 
 
-def test_self_attention_without_a_mask_is_causal_self_attention() -> None:
-    layer = SelfAttention(WIDTH, NUM_HEADS)
-    randomise(layer, seed=0)
+def test_a_block_without_a_mask_is_causal() -> None:
+    block = Block(TransformerConfig(num_layers=1, width=WIDTH, num_heads=NUM_HEADS, ffn_width=16))
+    randomise(block, seed=0)
     states = random_states(2, NUM_BYTES, WIDTH, seed=1)
     rotation = rotary_rotation(NUM_BYTES, WIDTH // NUM_HEADS, 10_000.0, CPU)
     causal = torch.ones(NUM_BYTES, NUM_BYTES, dtype=torch.bool).tril().expand(2, -1, -1)
-    torch.testing.assert_close(layer(states, rotation, None), layer(states, rotation, causal), atol=1e-6, rtol=0)
+    torch.testing.assert_close(block(states, rotation, None), block(states, rotation, causal), atol=1e-6, rtol=0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -267,9 +268,34 @@ def test_with_utf8_nothing_malformed_is_written(run: Path, blt_command: Blt) -> 
     assert written[1].startswith(well_formed) and len(written[1]) - len(well_formed) <= 3
 
 
-def test_stats_are_said_on_stderr(run: Path, blt_command: Blt) -> None:
-    said = blt_command("generate", run, "x", "--max-bytes", "5", "--stats")
-    assert "bytes/s" in said.stderr and "bytes/s" not in said.stdout.decode()
+def test_speculation_writes_the_same_text_and_tells_what_was_drafted(run: Path, blt_command: Blt) -> None:
+    options = ["generate", run, "def f(", "--max-bytes", "40", "--json"]
+    plain, speculative = blt_command(*options).json, blt_command(*options, "--speculate", "4").json
+    assert speculative["bytes"] == plain["bytes"] and speculative["new_bytes"] == 40
+    assert set(speculative) - set(plain) == {"accepted_bytes", "drafted_bytes"}
+    assert 0 < speculative["accepted_bytes"] <= speculative["drafted_bytes"]
+    assert 0 < speculative["latent_calls"] <= plain["latent_calls"]
+
+
+@pytest.mark.parametrize("speculate", ["-1", "32"])
+def test_a_draft_length_out_of_range_is_refused_and_the_range_is_named(
+    speculate: str, run: Path, blt_command: Blt
+) -> None:
+    refused = blt_command("generate", run, "x", f"--speculate={speculate}")
+    assert refused.code == 1 and refused.stdout == b""
+    assert "speculate must be 0 (plain) to 31 bytes" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_stats_are_said_in_one_line_on_stderr(run: Path, blt_command: Blt) -> None:
+    said = blt_command("generate", run, "x", "--max-bytes", "20", "--stats", "--speculate", "4")
+    assert re.fullmatch(
+        r"20 bytes in [\d.]+ s, [\d.]+ bytes/s, [\d.]+ bytes per latent call, \d+ of \d+ drafted bytes accepted\n",
+        said.stderr,
+    )
+    assert "bytes/s" not in said.stdout.decode()
+    plain = blt_command("generate", run, "x", "--max-bytes", "20", "--stats")
+    assert "bytes per latent call" in plain.stderr and "drafted" not in plain.stderr
+    assert plain.stdout == said.stdout
 
 
 # patch

@@ -7,6 +7,7 @@ import torch
 
 import blt
 from blt.config import EntropyModelConfig, HashEmbeddingsConfig, ModelConfig, PatchingConfig, TransformerConfig
+from blt.generate import GenerationStats
 from blt.language_model import LanguageModel
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
@@ -62,6 +63,22 @@ def test_a_list_of_prompts_gives_what_each_gives_alone() -> None:
     prompts = ["a", "longer prompt", ""]
     together = lm.generate(prompts, 10, temperature=1.0, seed=5)
     assert together == [lm.generate(one, 10, temperature=1.0, seed=5 + row) for row, one in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_speculation_changes_no_greedy_byte_of_one_prompt_or_several(rule: str) -> None:
+    lm, prompts = tiny_model(rule), ["to be", "", "a longer prompt"]
+    plain = [lm.generate(prompt, 14) for prompt in prompts]
+    assert [lm.generate(prompt, 14, speculate=6) for prompt in prompts] == plain
+    assert lm.generate(prompts, 14, speculate=6) == plain
+
+
+def test_stats_grow_with_the_stream() -> None:
+    lm, stats, seen = tiny_model("fixed"), GenerationStats(), []
+    for _ in lm.stream("x", 20, temperature=1.0, seed=3, speculate=4, stats=stats):
+        seen.append((stats.latent_calls, stats.drafted_bytes, stats.accepted_bytes))
+    assert seen == sorted(seen) and seen[0] == (0, 0, 0) and len(set(seen)) > 3
+    assert 0 < stats.accepted_bytes <= stats.drafted_bytes
 
 
 def test_streamed_pieces_join_to_what_generate_returns() -> None:

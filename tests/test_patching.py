@@ -13,6 +13,7 @@ from torch import Tensor
 from blt.byte_ids import BOS, BYTE_OFFSET, EOS, VOCAB_SIZE
 from blt.config import PatchingConfig
 from blt.model.patching import (
+    PatchingState,
     is_space_like,
     mean_patch_bytes,
     newest_closed_patch,
@@ -20,13 +21,11 @@ from blt.model.patching import (
     patch_lengths,
     patch_starts,
     split_long_patches,
-    start_patching,
     step_patching,
     threshold_for_patch_size,
 )
 
 RULES = ("entropy", "entropy_rise", "space", "fixed")
-CPU = torch.device("cpu")
 
 # Any ids in any order, but often those that decide something. Entropies are multiples of 1/8: exact in fp32.
 ids_lists = st.lists(
@@ -124,17 +123,33 @@ def test_boundaries_ignore_batch_mates_and_padding_on_the_right(rule: str, data:
 
 @property_of_every_rule
 def test_deciding_one_byte_at_a_time_gives_the_starts_of_the_whole_row(rule: str, data: st.DataObject) -> None:
-    first = data.draw(cases(rule))
-    others = data.draw(st.lists(st.permutations(first.ids), max_size=2))
-    rows = torch.tensor([first.ids, *others])
-    entropies = first.entropies().expand(len(rows), -1)
-    state = start_patching(len(rows), CPU)
+    case = data.draw(cases(rule))
+    state = PatchingState()
     decisions = [state.next_starts]
-    for t in range(rows.shape[1]):
-        next_entropy = entropies[:, t + 1] if first.config.uses_entropies else None
-        state = step_patching(state, rows[:, t], next_entropy, first.config)
+    for byte_id, next_entropy in zip(case.ids, case.nats[1:], strict=True):
+        state = step_patching(state, byte_id, next_entropy if case.config.uses_entropies else None, case.config)
         decisions.append(state.next_starts)
-    assert torch.stack(decisions, dim=1).equal(patch_starts(rows, entropies, first.config))
+    assert decisions == case.starts()[0].tolist()
+
+
+@settings(deadline=None, max_examples=300)
+@given(values=st.lists(st.floats(0, 5.5, width=32), min_size=2, max_size=8), data=st.data())
+@pytest.mark.parametrize("rule", ["entropy", "entropy_rise"])
+def test_single_bytes_and_whole_rows_round_alike_where_an_entropy_lies_at_the_threshold(
+    rule: str, values: list[float], data: st.DataObject
+) -> None:
+    entropies = torch.tensor([[math.nan, *values]])
+    found = (entropies if rule == "entropy" else entropies.diff(dim=1)).flatten()
+    at_or_beside = data.draw(st.sampled_from(found[~found.isnan()].tolist())) + data.draw(
+        st.sampled_from([0.0, 1e-12, -1e-12, 1e-8, -1e-8])  # what fp64 can tell apart and fp32 cannot
+    )
+    config = PatchingConfig(rule=rule, threshold_nats=at_or_beside)
+    state = PatchingState()
+    decisions = [state.next_starts]
+    for next_entropy in values:
+        state = step_patching(state, ord("a"), next_entropy, config)
+        decisions.append(state.next_starts)
+    assert decisions == patch_starts(torch.full((1, len(values)), ord("a")), entropies, config)[0].tolist()
 
 
 @property_of_every_rule

@@ -223,6 +223,8 @@ def generate(
     min_p: float | None = None,
     stop: Annotated[list[str] | None, Parameter(negative=())] = None,
     utf8: Annotated[bool, Parameter(negative=())] = False,
+    speculate: int = 0,
+    compile_: Annotated[bool, Parameter(name="--compile", negative=())] = False,
     raw: Annotated[bool, Parameter(negative=())] = False,
     stats: Annotated[bool, Parameter(negative=())] = False,
     options: Options = Options(),
@@ -247,44 +249,47 @@ def generate(
         End before this text; may be repeated.
     utf8
         Never leave well-formed UTF-8.
+    speculate
+        Draft up to so many bytes at a time and verify them in one pass: the same text for greedy decoding.
+    compile_
+        Compile the steps: a minute at first, then about twice as fast.
     raw
         Write bytes as they are; without it, what is no UTF-8 shows as �.
     stats
-        Say bytes per second at the end, on stderr.
+        Say at the end, on stderr, what it cost.
     """
     from blt.generate import GenerationStats
 
     lm = _load(model, options)
     data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt
-    started = time.perf_counter()
-    written, stats_so_far = bytearray(), GenerationStats()
-    pieces = lm.stream(
-        data,
-        max_bytes,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=options.seed or 0,
-        stop=["-" if word == FROM_STDIN else word for word in stop or ()],
-        utf8=utf8,
-        stats=stats_so_far,
-    )
+    if len(data) > 20_000 and not options.quiet:
+        print(f"reading a prompt of {len(data):,} bytes", file=sys.stderr)
+    written, costs, started = bytearray(), GenerationStats(), time.perf_counter()
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "utf8": utf8,
+    }
+    sampling |= {"seed": options.seed or 0, "stop": ["-" if word == FROM_STDIN else word for word in stop or ()]}
+    pieces = lm.stream(data, max_bytes, speculate=speculate, compiled=compile_, stats=costs, **sampling)
     for piece in pieces:
         written += piece
         if not options.json:
             sys.stdout.buffer.write(piece if raw else piece.decode("utf-8", "replace").encode())
             sys.stdout.buffer.flush()
     seconds = time.perf_counter() - started
-    speed = len(written) / seconds
     if options.json:
         figures = {"text": written.decode("utf-8", "replace"), "bytes": written.hex(), "new_bytes": len(written)}
-        figures |= {"seconds": seconds, "bytes_per_second": speed, "latent_calls": stats_so_far.latent_calls}
+        figures |= {"seconds": seconds, "bytes_per_second": len(written) / seconds, "latent_calls": costs.latent_calls}
+        if speculate:
+            figures |= {"accepted_bytes": costs.accepted_bytes, "drafted_bytes": costs.drafted_bytes}
         _print_json(figures)
     elif not raw:
         print()
     if stats:
-        print(f"{len(written)} bytes in {seconds:.2f} s: {speed:.1f} bytes/s", file=sys.stderr)
+        print(f"{len(written)} bytes in {seconds:.2f} s, {costs.summary(len(written), seconds)}", file=sys.stderr)
 
 
 @app.command
@@ -360,11 +365,8 @@ def main() -> None:
     """Run the command line; errors are one message and an exit code, not a traceback."""
     arguments = sys.argv[1:]
     try:
-        app(
-            [FROM_STDIN if argument == "-" else argument for argument in arguments],
-            exit_on_error=False,
-            print_error=False,
-        )
+        given = [FROM_STDIN if argument == "-" else argument for argument in arguments]
+        app(given, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         command = f"{arguments[0]} " if arguments and arguments[0] in app else ""
         _fail(f"{error}\nSee blt {command}--help", USAGE)

@@ -1,124 +1,83 @@
-"""Next-id logits -> sampled bytes, as a stream: one id at a time until a limit, a stop string or EOS."""
+"""Prompts -> text, as a stream of pieces: rows that are written together, each by its own rules, until each has ended."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, incomplete_suffix_length, utf8_allowed_next
-
-NextLogits = Float[Tensor, " vocab"]
-NEVER_EMITTED = (BOE, BOS, 3)
+from blt.byte_ids import BYTE_OFFSET, EOS, incomplete_suffix_length
+from blt.incremental import Networks, State, prefill
+from blt.model.kv_cache import SPARE_SLOTS
+from blt.sampling import NextLogits, Probabilities, Sampling, draw, next_probabilities
+from blt.speculate import Drawer, advance, draft_limit
 
 
 @dataclass
 class GenerationStats:
-    """What a stream has cost so far."""
+    """What a stream has cost so far, its prompt left out."""
 
-    latent_calls: int = 0  # forward passes of the latent transformer
+    latent_calls: int = 0  # passes of the latent transformer
+    drafted_bytes: int = 0
+    accepted_bytes: int = 0
+
+    def summary(self, new_bytes: int, seconds: float) -> str:
+        """The costs of so many bytes in words."""
+        words = [f"{new_bytes / seconds:.1f} bytes/s"]
+        if self.latent_calls:
+            words.append(f"{new_bytes / self.latent_calls:.2f} bytes per latent call")
+        if self.drafted_bytes:
+            words.append(f"{self.accepted_bytes} of {self.drafted_bytes} drafted bytes accepted")
+        return ", ".join(words)
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an id is drawn. Temperature 0 is greedy; the filters apply in the order top-k, top-p, min-p."""
+class Request:
+    """What to write."""
 
-    temperature: float = 0.0
-    top_k: int | None = None  # only the k most probable ids
-    top_p: float | None = None  # only the most probable ids that together reach probability p
-    min_p: float | None = None  # only ids at least min_p times as probable as the most probable one
-    utf8: bool = False  # only bytes that keep the text well-formed UTF-8, by renormalising
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    prompt_ids: Sequence[int]  # at least one
+    max_bytes: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop: Sequence[bytes] = ()
 
 
-def next_probabilities(logits: NextLogits, sampling: Sampling, text: bytes) -> NextLogits:
-    """The distribution the next id is drawn from, after the bytes ``text``.
+class Pieces:
+    """Bytes in, pieces of text out as soon as they are final: never a part of a UTF-8 character, never past a stop string.
 
-    >>> logits = torch.zeros(260); logits[101] = 3.0; logits[102] = 2.0
-    >>> next_probabilities(logits, Sampling(temperature=1.0, top_k=2), b"").nonzero().flatten().tolist()
-    [101, 102]
+    The stop string itself is left out. What is no UTF-8 at all comes out as it is; so does a character that the end cuts.
+
+    >>> pieces = Pieces(stop=[b"STOP"])
+    >>> [pieces.push(byte) for byte in "é!STOP".encode()], pieces.stopped
+    ([b'', b'\\xc3\\xa9', b'!', b'', b'', b'', b''], True)
     """
-    logits = logits.float().clone()
-    logits[list(NEVER_EMITTED)] = -torch.inf
-    if sampling.utf8:
-        allowed = torch.zeros_like(logits, dtype=torch.bool)
-        allowed[[byte + BYTE_OFFSET for byte in utf8_allowed_next(text)]] = True
-        allowed[EOS] = incomplete_suffix_length(text) == 0
-        logits[~allowed] = -torch.inf
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(0, logits.argmax(0, keepdim=True), 1.0)
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(0)
-    if sampling.top_k is not None:
-        smallest_kept = probabilities.topk(min(sampling.top_k, len(probabilities))).values[-1]
-        probabilities = torch.where(probabilities >= smallest_kept, probabilities, 0)
-    if sampling.top_p is not None:
-        ordered, order = (probabilities / probabilities.sum()).sort(descending=True)
-        before = ordered.cumsum(0) - ordered
-        probabilities = torch.zeros_like(probabilities).scatter_(
-            0, order, torch.where(before < sampling.top_p, ordered, 0)
-        )
-    if sampling.min_p is not None:
-        probabilities = torch.where(probabilities >= sampling.min_p * probabilities.max(), probabilities, 0)
-    return probabilities / probabilities.sum()
 
+    def __init__(self, stop: Sequence[bytes] = ()) -> None:
+        self.stop = stop
+        self.stopped = False
+        self._held = b""
 
-def generate_ids(
-    next_logits: Callable[[list[int]], NextLogits],
-    prompt_ids: Sequence[int],
-    max_bytes: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-    stats: GenerationStats,
-) -> Iterator[int]:
-    """Ids after the prompt, until EOS (not yielded) or ``max_bytes``. Recomputes everything for every byte.
-
-    ``next_logits`` maps all ids so far to the logits of the next.
-    """
-    ids = list(prompt_ids)
-    text = bytes(byte_id - BYTE_OFFSET for byte_id in ids if byte_id >= BYTE_OFFSET)
-    for _ in range(max_bytes):
-        probabilities = next_probabilities(next_logits(ids).cpu(), sampling, text[-3:])
-        stats.latent_calls += 1
-        byte_id = int(torch.multinomial(probabilities, 1, generator=generator))
-        if byte_id == EOS:
-            return
-        ids.append(byte_id)
-        text = text[-3:] + bytes([byte_id - BYTE_OFFSET])
-        yield byte_id
-
-
-def stream_text(ids: Iterator[int], stop: Sequence[bytes] = ()) -> Iterator[bytes]:
-    """Pieces of bytes as soon as they are final: never a part of a UTF-8 character, never past a stop string.
-
-    The stop string itself is left out. What is no UTF-8 at all comes out as it is; so does a character that the end
-    of the stream cuts.
-
-    >>> list(stream_text(iter([4 + byte for byte in "é!STOP".encode()]), stop=[b"STOP"]))
-    [b'\\xc3\\xa9', b'!']
-    """
-    held = b""
-    for byte_id in ids:
-        held += bytes([byte_id - BYTE_OFFSET])
-        found = [place for place in (held.find(word) for word in stop) if place >= 0]
+    def push(self, byte: int) -> bytes:
+        """Take in a byte; what has become final by it."""
+        self._held += bytes([byte])
+        found = [place for place in (self._held.find(word) for word in self.stop) if place >= 0]
         if found:
-            held = held[: min(found)]
-            break
-        ready = len(held) - max(_begun_stop(held, stop), incomplete_suffix_length(held))
-        if ready > 0:
-            yield held[:ready]
-            held = held[ready:]
-    if held:
-        yield held
+            self.stopped = True
+            self._held = self._held[: min(found)]
+            return self.end()
+        return self._release(
+            len(self._held) - max(_begun_stop(self._held, self.stop), incomplete_suffix_length(self._held))
+        )
+
+    def end(self) -> bytes:
+        """What was held back, as nothing more comes."""
+        return self._release(len(self._held))
+
+    def _release(self, size: int) -> bytes:
+        ready, self._held = self._held[:size], self._held[size:]
+        return ready
 
 
 def _begun_stop(held: bytes, stop: Sequence[bytes]) -> int:
@@ -128,3 +87,124 @@ def _begun_stop(held: bytes, stop: Sequence[bytes]) -> int:
     2
     """
     return max((size for word in stop for size in range(1, len(word)) if held.endswith(word[:size])), default=0)
+
+
+@dataclass
+class Writer:
+    """One text on its way."""
+
+    request: Request
+    drawer: Drawer
+    pieces: Pieces
+    text: bytearray = field(default_factory=bytearray)  # what is final of it
+    num_bytes: int = 0  # drawn
+    finished: bool = False
+
+    def write(self, ids: Sequence[int]) -> bytes:
+        """Take in drawn ids, up to the one that ends the text; what has become final by them."""
+        ready = b""
+        for byte_id in ids:
+            if byte_id == EOS:
+                self.finished = True
+            else:
+                ready += self.pieces.push(byte_id - BYTE_OFFSET)
+                self.num_bytes += 1
+                self.finished = self.pieces.stopped or self.num_bytes >= self.request.max_bytes
+            if self.finished:
+                ready += self.pieces.end()
+                break
+        self.text += ready
+        return ready
+
+
+def start_writer(request: Request) -> Writer:
+    """A text of which nothing is written yet."""
+    sampling = request.sampling
+
+    def distribution(logits: NextLogits, past: list[int], new: list[int]) -> Probabilities:
+        tail = [*past[-3:], *new][-3:] if sampling.utf8 else []
+        text = bytes(byte_id - BYTE_OFFSET for byte_id in tail if byte_id >= BYTE_OFFSET)
+        return next_probabilities(logits, sampling, text)
+
+    drawer = Drawer(distribution, torch.Generator().manual_seed(request.seed))
+    return Writer(request, drawer, Pieces([word for word in request.stop if word]))
+
+
+class Batch:
+    """Rows that are written together; between steps one may enter, and those that have ended leave."""
+
+    def __init__(self, networks: Networks, speculate: int = 0, stats: GenerationStats | None = None) -> None:
+        if not 0 <= speculate < SPARE_SLOTS:
+            raise ValueError(f"speculate must be 0 (plain) to {SPARE_SLOTS - 1} bytes, got {speculate}")
+        self.networks = networks
+        self.speculate = speculate
+        self.stats = stats or GenerationStats()
+        self.writers: list[Writer] = []
+        self.state: State | None = None
+
+    def add(self, request: Request) -> tuple[Writer, bytes]:
+        """Read a request's prompt and draw its first byte; what of it is final."""
+        writer = start_writer(request)
+        if request.max_bytes == 0:
+            writer.finished = True
+            return writer, b""
+        state, logits = prefill(self.networks, request.prompt_ids)
+        drawer = writer.drawer
+        drawer.pending = draw(drawer.distribution(logits[0].cpu(), state.rows[0].ids, []), drawer.generator)
+        piece = writer.write([drawer.pending])
+        if not writer.finished:
+            if self.state is None or not self.writers:
+                self.state = state
+            else:
+                self.state.append(state)
+            self.writers.append(writer)
+        return writer, piece
+
+    def step(self) -> list[tuple[Writer, bytes]]:
+        """One more byte of every row, or some where it speculates; each row's newly final bytes. Ended rows leave."""
+        assert self.state is not None
+        limits = [self._draft_limit(writer) for writer in self.writers]
+        drawers = [writer.drawer for writer in self.writers]
+        done = advance(self.networks, self.state, drawers, limits)
+        self.stats.latent_calls += done.latent_calls
+        self.stats.drafted_bytes += done.drafted
+        self.stats.accepted_bytes += done.accepted
+        pieces = [(writer, writer.write(ids)) for writer, ids in zip(self.writers, done.ids, strict=True)]
+        for row in reversed(range(len(self.writers))):
+            if self.writers[row].finished:
+                self.state.remove(row)
+                self.writers[row] = self.writers[-1]
+                self.writers.pop()
+        return pieces
+
+    def _draft_limit(self, writer: Writer) -> int:
+        left = writer.request.max_bytes - writer.num_bytes - 1
+        return min(left, draft_limit(self.networks.config, writer.drawer.acceptance, self.speculate))
+
+
+def stream(batch: Batch, request: Request) -> Iterator[bytes]:
+    """The pieces of one text, as they come, from a batch of its own."""
+    _, piece = batch.add(request)
+    if piece:
+        yield piece
+    while batch.writers:
+        for _, piece in batch.step():
+            if piece:
+                yield piece
+
+
+ROWS_TOGETHER = 16
+
+
+def write_all(
+    networks: Networks, requests: Sequence[Request], speculate: int = 0, stats: GenerationStats | None = None
+) -> list[bytes]:
+    """All texts, so many rows at a time: as soon as one has ended the next enters."""
+    batch, waiting = Batch(networks, speculate, stats), list(requests)[::-1]
+    writers: list[Writer] = []
+    while waiting or batch.writers:
+        while waiting and len(batch.writers) < ROWS_TOGETHER:
+            writers.append(batch.add(waiting.pop())[0])
+        if batch.writers:
+            batch.step()
+    return [bytes(writer.text) for writer in writers]

@@ -10,11 +10,13 @@ import torch
 from blt import byte_ids
 from blt.config import ModelConfig
 from blt.evaluate import Score, score_documents
-from blt.generate import GenerationStats, NextLogits, Sampling, generate_ids, stream_text
+from blt.generate import Batch, GenerationStats, Request, stream, write_all
 from blt.huggingface import load_model, save_model
+from blt.incremental import Networks
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
 from blt.model.patching import patch_starts
+from blt.sampling import Sampling
 from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
 
 Text = str | bytes
@@ -92,13 +94,21 @@ class LanguageModel:
     def generate(self, prompt: Text | Sequence[Text], max_bytes: int = 200, **options: Any) -> bytes | list[bytes]:
         """What the model writes after the prompt, the prompt left out; for a list of prompts a list.
 
-        Row i of a list draws with ``seed + i``, so it is what the prompt alone gives with that seed. Options as in
-        ``stream``.
+        The rows of a list are written together. Row i draws with ``seed + i``, so it is what the prompt alone gives with
+        that seed. Options as in ``stream``.
         """
         if isinstance(prompt, str | bytes):
             return b"".join(self.stream(prompt, max_bytes, **options))
-        seed = options.pop("seed", 0)
-        return [b"".join(self.stream(one, max_bytes, seed=seed + row, **options)) for row, one in enumerate(prompt)]
+        seed, stop = options.pop("seed", 0), list(options.pop("stop", ()))
+        stats, speculate, compiled = (
+            options.pop("stats", None),
+            options.pop("speculate", 0),
+            options.pop("compiled", False),
+        )
+        requests = [
+            self._request(one, max_bytes, seed=seed + row, stop=stop, **options) for row, one in enumerate(prompt)
+        ]
+        return write_all(self._networks(compiled), requests, speculate, stats)
 
     def stream(
         self,
@@ -112,15 +122,38 @@ class LanguageModel:
         seed: int = 0,
         stop: Iterable[Text] = (),
         utf8: bool = False,
+        speculate: int = 0,
+        compiled: bool = False,
         stats: GenerationStats | None = None,
     ) -> Iterator[bytes]:
         """Pieces of what the model writes, as they come: whole UTF-8 characters, up to a stop string, EOS or the limit.
 
-        Temperature 0 is greedy. ``stats`` is filled as the stream goes on.
+        Temperature 0 is greedy. ``speculate``: draft up to so many bytes a round and verify them in one pass (same bytes
+        when greedy, same distribution when not; 0: plain). ``compiled``: steps of one row are compiled by torch, which takes
+        a minute at first. ``stats`` is filled as the stream goes on.
 
         Raises ValueError where prompt and ``max_bytes`` exceed the model's limit.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, utf8)
+        request = self._request(
+            prompt,
+            max_bytes,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            utf8=utf8,
+        )
+        return stream(Batch(self._networks(compiled), speculate, stats), request)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model in Hugging Face's ``blt`` format."""
+        save_model(Path(folder), self.config, self.entropy_model, self.network)
+
+    def _request(
+        self, prompt: Text, max_bytes: int, *, seed: int = 0, stop: Iterable[Text] = (), **sampling: Any
+    ) -> Request:
         prompt_ids = byte_ids.encode(prompt)
         if max_bytes < 0:
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
@@ -129,18 +162,11 @@ class LanguageModel:
                 f"a prompt of {len(prompt_ids) - 1} bytes and max_bytes {max_bytes} exceed the {self.config.max_bytes - 1} "
                 "bytes this model can hold; shorten one of them"
             )
-        generator = torch.Generator().manual_seed(seed)
-        ids = generate_ids(self._next_logits, prompt_ids, max_bytes, sampling, generator, stats or GenerationStats())
-        return stream_text(ids, [byte_ids.as_bytes(word) for word in stop if word])
+        stop_words = [byte_ids.as_bytes(word) for word in stop]
+        return Request(prompt_ids, max_bytes, Sampling(**sampling), seed, stop_words)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face's ``blt`` format."""
-        save_model(Path(folder), self.config, self.entropy_model, self.network)
-
-    @torch.no_grad()
-    def _next_logits(self, ids: list[int]) -> NextLogits:
-        row = torch.tensor([ids], device=self.device)
-        return self.network(row, self.patch_starts(row))[0, -1]
+    def _networks(self, compiled: bool) -> Networks:
+        return Networks(self.config, self.entropy_model, self.network, compiled)
 
     def _check_length(self, ids: ByteIds) -> None:
         if ids.shape[1] > self.config.max_bytes:

@@ -5,7 +5,7 @@ unknown one; ``patch`` patches of a row; ``slot`` vectors that stand for one pat
 Tests check these types at every call (tests/conftest.py).
 """
 
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # bytes
@@ -25,6 +25,7 @@ NewestClosedPatch = Int[
     Tensor, "batch byte"
 ]  # the newest patch that is closed once it is known whether t + 1 starts one
 PatchLengths = Int[Tensor, "batch patch"]  # bytes; 0 where a row has fewer patches than its batch
+Segments = Int[Tensor, " flat_byte"]  # bytes of all rows one after another: the patch that holds each
 
 # the network
 ByteStates = Float[Tensor, "batch byte byte_dim"]
@@ -34,4 +35,4 @@ Logits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
 
 # attention
 MayAttend = Bool[Tensor, "batch query key"]  # True: the query position may read the key position
-Rotation = Complex[Tensor, "position half_head_dim"]  # unit complex numbers of the rotary angles, fp32
+Rotation = Float[Tensor, "*row position half_head_dim 2"]  # cosine and sine of the rotary angles, fp32

@@ -5,31 +5,15 @@ of one patch only, so no bytes x patches matrix ever exists.
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
-from blt.shapes import DocumentIds, MayAttend, NewestClosedPatch, PatchIds, Rotation
+from blt.model.rotary import Heads, rotate
+from blt.shapes import DocumentIds, MayAttend, Rotation, Segments
 
-Heads = Float[Tensor, "batch head position head_dim"]
-
-
-def rotary_rotation(num_positions: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
-    """Unit complex numbers that turn pair i of position p by ``p * theta^(-2i / head_dim)``, angles in fp32.
-
-    >>> rotary_rotation(2, 4, 100.0, torch.device("cpu")).angle().round(decimals=4).tolist()
-    [[0.0, 0.0], [1.0, 0.10000000149011612]]
-    """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(heads: Heads, rotation: Rotation) -> Heads:
-    """Rotary positions on interleaved pairs (x[2i], x[2i + 1])."""
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(heads.dtype)
+States = Float[Tensor, "batch position width"]
 
 
 def may_attend(documents: DocumentIds, window_positions: int | None) -> MayAttend | None:
@@ -53,27 +37,29 @@ def may_attend(documents: DocumentIds, window_positions: int | None) -> MayAtten
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention with rotary positions, no biases."""
+    """Multi-head attention with rotary positions, no biases; the caller says which keys the queries meet in between."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.o_proj = Linear(width, width)
 
-    def forward(
-        self, states: Float[Tensor, "batch position width"], rotation: Rotation, allowed: MayAttend | None
-    ) -> Float[Tensor, "batch position width"]:
-        queries = rotate(self._split_heads(self.q_proj(states)), rotation)
-        keys = rotate(self._split_heads(self.k_proj(states)), rotation)
-        values = self._split_heads(self.v_proj(states))
-        mask = None if allowed is None else allowed[:, None]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+    def project(self, states: States, rotation: Rotation) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values; the first two turned to their positions."""
+        return (
+            rotate(self._split_heads(self.q_proj(states)), rotation),
+            rotate(self._split_heads(self.k_proj(states)), rotation),
+            self._split_heads(self.v_proj(states)),
+        )
+
+    def merge(self, mixed: Heads) -> States:
+        """What the heads read, as one output."""
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
-    def _split_heads(self, states: Float[Tensor, "batch position width"]) -> Heads:
+    def _split_heads(self, states: States) -> Heads:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
@@ -85,75 +71,63 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.q_norm = RMSNorm(width, eps=norm_eps)
         self.k_norm = RMSNorm(width, eps=norm_eps)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.o_proj = Linear(width, width)
 
-    def _project(self, queries_from: Tensor, keys_from: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries_from, keys_from = self.q_norm(queries_from), self.k_norm(keys_from)
-        split = (self.num_heads, -1)
-        return (
-            self.q_proj(queries_from).unflatten(-1, split),
-            self.k_proj(keys_from).unflatten(-1, split),
-            self.v_proj(keys_from).unflatten(-1, split),
-        )
+    def queries(self, states: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes head head_dim"]:
+        return self.q_proj(self.q_norm(states)).unflatten(-1, (self.num_heads, -1))
+
+    def keys_values(
+        self, states: Float[Tensor, "*axes width"]
+    ) -> tuple[Float[Tensor, "*axes head head_dim"], Float[Tensor, "*axes head head_dim"]]:
+        states, split = self.k_norm(states), (self.num_heads, -1)
+        return self.k_proj(states).unflatten(-1, split), self.v_proj(states).unflatten(-1, split)
 
 
 class EncoderCrossAttention(CrossAttention):
-    """Each slot of a patch reads the bytes of that patch (3.2.2): a softmax over segments of the row."""
+    """Each slot of a patch reads the bytes of that patch (3.2.2): a softmax over segments of the bytes."""
 
     def forward(
         self,
-        slots: Float[Tensor, "batch patch slot width"],
-        byte_states: Float[Tensor, "batch byte width"],
-        patch_ids: PatchIds,
-    ) -> Float[Tensor, "batch patch slot width"]:
-        queries, keys, values = self._project(slots, byte_states)
-        batch, num_patches = slots.shape[:2]
-        segments = _flat_index(patch_ids, num_patches)  # patches of all rows, one after another
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        queries = queries.flatten(0, 1)
+        slots: Float[Tensor, "patch slot width"],
+        byte_states: Float[Tensor, "flat_byte width"],
+        segments: Segments,
+    ) -> Float[Tensor, "patch slot width"]:
+        queries = self.queries(slots)
+        keys, values = self.keys_values(byte_states)
+        num_patches = slots.shape[0]
         scores = torch.einsum("nshd,nhd->nsh", queries.index_select(0, segments), keys).float() * keys.shape[-1] ** -0.5
-        scores = scores - _segment_max(scores.detach(), segments, batch * num_patches)[segments]
+        scores = scores - _segment_max(scores.detach(), segments, num_patches)[segments]
         weights = scores.exp()
-        totals = weights.new_zeros(batch * num_patches, *weights.shape[1:]).index_add(0, segments, weights)
+        totals = weights.new_zeros(num_patches, *weights.shape[1:]).index_add(0, segments, weights)
         # an empty patch (beyond its row's last one) has no bytes: its slots read nothing
         weights = (weights / totals.index_select(0, segments)).to(values.dtype)
         weighted = weights[..., None] * values[:, None]
         mixed = torch.zeros_like(queries, dtype=weighted.dtype).index_add(0, segments, weighted)
-        return self.o_proj(mixed.flatten(2).unflatten(0, (batch, num_patches)))
+        return self.o_proj(mixed.flatten(2))
 
 
 class DecoderCrossAttention(CrossAttention):
     """Each byte reads the slots of the newest closed patch (3.3.1)."""
 
-    def forward(
+    def read_patches(
         self,
-        byte_states: Float[Tensor, "batch byte width"],
-        slots: Float[Tensor, "batch patch slot width"],
-        newest_closed: NewestClosedPatch,
-    ) -> Float[Tensor, "batch byte width"]:
-        queries, keys, values = self._project(byte_states, slots)
-        index = _flat_index(newest_closed, slots.shape[1])
-        queries = queries.flatten(0, 1)
-        keys, values = keys.flatten(0, 1).index_select(0, index), values.flatten(0, 1).index_select(0, index)
+        byte_states: States,
+        keys: Float[Tensor, "flat_byte slot head head_dim"],
+        values: Float[Tensor, "flat_byte slot head head_dim"],
+    ) -> States:
+        """``keys`` and ``values`` are those of each byte's own patch, all rows flattened."""
+        flat = byte_states.flatten(0, 1)
+        queries = self.queries(flat)
         scores = torch.einsum("nhd,nshd->nsh", queries, keys).float() * keys.shape[-1] ** -0.5
         mixed = torch.einsum("nsh,nshd->nhd", scores.softmax(1).to(values.dtype), values)
-        return self.o_proj(mixed.flatten(1).unflatten(0, byte_states.shape[:2]))
+        # twice the residual, as in the released weights
+        return (2 * flat + self.o_proj(mixed.flatten(1))).view_as(byte_states)
 
 
-def _flat_index(patch_ids: PatchIds, num_patches: int) -> Tensor:
-    """Patch ids counted through all rows of a batch.
-
-    >>> _flat_index(torch.tensor([[0, 1, 1], [0, 0, 1]]), 2).tolist()
-    [0, 1, 1, 2, 2, 3]
-    """
-    row = torch.arange(patch_ids.shape[0], device=patch_ids.device)[:, None]
-    return (patch_ids + row * num_patches).flatten()
-
-
-def _segment_max(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+def _segment_max(values: Tensor, segments: Segments, num_segments: int) -> Tensor:
     """The largest value of each segment along axis 0; 0 for an empty segment."""
     index = segments.view(-1, *([1] * (values.ndim - 1))).expand_as(values)
     return values.new_zeros(num_segments, *values.shape[1:]).scatter_reduce(

@@ -6,6 +6,9 @@ from torch import nn
 
 from blt.byte_ids import NEWLINE, VOCAB_SIZE, document_ids
 from blt.config import EntropyModelConfig
+from blt.model.attention import States
+from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer
 from blt.shapes import ByteIds, DocumentIds, Entropies, EntropyLogits
@@ -20,11 +23,20 @@ class EntropyModel(nn.Module):
         self.byte_embedding = nn.Embedding(VOCAB_SIZE, config.width)
         self.transformer = Transformer(config)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, VOCAB_SIZE, bias=False)
+        self.head = Linear(config.width, VOCAB_SIZE)
 
     def forward(self, byte_ids: ByteIds) -> EntropyLogits:
         contexts = entropy_contexts(byte_ids, self.config.reset_at_newline)
-        return self.head(self.norm(self.transformer(self.byte_embedding(byte_ids), contexts)))
+        return self.predict(self.transformer(self.byte_embedding(byte_ids), contexts))
+
+    def extend(self, byte_ids: ByteIds, cache: KeyValueCache, place: Place) -> EntropyLogits:
+        """``forward`` for new ids of rows whose earlier ones are in the cache."""
+        states = self.transformer.extend(self.byte_embedding(byte_ids), cache, place)
+        return self.predict(states)
+
+    def predict(self, states: States) -> EntropyLogits:
+        """Logits, from the last layer's states."""
+        return self.head(self.norm(states))
 
     @torch.no_grad()
     def entropies(self, byte_ids: ByteIds) -> Entropies:

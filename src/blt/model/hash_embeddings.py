@@ -1,5 +1,7 @@
 """Bytes -> embeddings of the hashed n-grams that end at each byte (3.2.1, eq. 3-5)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -44,19 +46,34 @@ def table_rows(byte_ids: ByteIds, config: HashEmbeddingsConfig) -> Int[Tensor, "
     """The rows of the stacked tables that each byte's n-grams select.
 
     The hash of the g ids that end at t is the sum of id[t-g+1+j] * prime^j over j in 0..g-1, in wrapping int64; ids
-    before the row are 0. Built by Horner's rule: one id longer is ``id[t-g] + prime * hash``.
+    before the row are 0.
 
     >>> config = HashEmbeddingsConfig(ngram_bytes=(1, 2), table_rows=10)
     >>> table_rows(torch.tensor([[7, 5]]), config).tolist()  # 7, 0 + 7p; 5, 7 + 5p; p = 1000000007
     [[[7, 19], [5, 12]]]
     """
-    byte_ids = byte_ids.long()  # the hash wraps at 64 bits
-    rows = []
-    for prime in PRIMES[: config.num_functions]:
-        hashes = {1: byte_ids}
-        for size in range(2, max(config.ngram_bytes) + 1):
-            before = F.pad(byte_ids, (size - 1, 0))[:, : byte_ids.shape[1]]
-            hashes[size] = before + prime * hashes[size - 1]
-        rows += [hashes[size].remainder(config.table_rows) for size in config.ngram_bytes]
-    first_row = torch.arange(config.num_tables, device=byte_ids.device) * config.table_rows
-    return torch.stack(rows, dim=-1) + first_row
+    powers, first_row = _powers_and_first_rows(config, byte_ids.device)
+    longest = len(powers)
+    windows = F.pad(byte_ids.long(), (longest - 1, 0)).unfold(1, longest, 1)
+    hashes = (windows[..., None] * powers).sum(2)
+    return hashes.remainder(config.table_rows) + first_row
+
+
+@functools.cache
+def _powers_and_first_rows(
+    config: HashEmbeddingsConfig, device: torch.device
+) -> tuple[Int[Tensor, "place table"], Int[Tensor, " table"]]:
+    """What each id of the longest n-gram is multiplied with for each table (0: not in it), and where tables begin."""
+    longest = max(config.ngram_bytes)
+    columns = [
+        [0] * (longest - size) + [_wrap(prime**place) for place in range(size)]
+        for prime in PRIMES[: config.num_functions]
+        for size in config.ngram_bytes
+    ]
+    first_row = torch.arange(config.num_tables, device=device) * config.table_rows
+    return torch.tensor(columns, device=device).T.contiguous(), first_row
+
+
+def _wrap(number: int) -> int:
+    """The signed 64-bit integer that this number is modulo 2^64."""
+    return (number + 2**63) % 2**64 - 2**63

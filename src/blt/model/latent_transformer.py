@@ -5,6 +5,8 @@ from torch import nn
 
 from blt.byte_ids import EOS
 from blt.config import TransformerConfig
+from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.linear import Linear
 from blt.model.transformer import Transformer
 from blt.shapes import ByteIds, DocumentIds, LatentStates, PatchIds, PatchStates
 
@@ -15,11 +17,15 @@ class LatentTransformer(nn.Module):
     def __init__(self, config: TransformerConfig, patch_state_width: int) -> None:
         super().__init__()
         same_width = patch_state_width == config.width
-        self.input_proj = nn.Identity() if same_width else nn.Linear(patch_state_width, config.width, bias=False)
+        self.input_proj = nn.Identity() if same_width else Linear(patch_state_width, config.width)
         self.transformer = Transformer(config)
 
     def forward(self, patch_states: PatchStates, documents: DocumentIds) -> LatentStates:
         return self.transformer(self.input_proj(patch_states), documents)
+
+    def extend(self, patch_states: PatchStates, cache: KeyValueCache, place: Place) -> LatentStates:
+        """``forward`` for newly closed patches."""
+        return self.transformer.extend(self.input_proj(patch_states), cache, place)
 
 
 def patch_documents(byte_ids: ByteIds, patch_ids: PatchIds) -> DocumentIds:

@@ -1,13 +1,22 @@
 """Latent states and byte states -> next-byte logits (3.3)."""
 
-from torch import nn
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import TransformerConfig
 from blt.model.attention import DecoderCrossAttention
+from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
+from blt.model.patching import flat_index
 from blt.model.transformer import Transformer
 from blt.shapes import ByteStates, DocumentIds, LatentStates, Logits, NewestClosedPatch
+
+SlotHeads = Float[Tensor, "patch slot head head_dim"]
+LayerSlots = list[tuple[SlotHeads, SlotHeads]]  # of each layer: keys and values of the patches' slots
 
 
 class LocalDecoder(nn.Module):
@@ -16,13 +25,13 @@ class LocalDecoder(nn.Module):
     def __init__(self, config: TransformerConfig, latent_width: int, slots_per_patch: int) -> None:
         super().__init__()
         self.slots_per_patch = slots_per_patch
-        self.slot_proj = nn.Linear(latent_width, slots_per_patch * config.width, bias=False)
+        self.slot_proj = Linear(latent_width, slots_per_patch * config.width)
         self.cross_attentions = nn.ModuleList(
             DecoderCrossAttention(config.width, config.num_heads, config.norm_eps) for _ in range(config.num_layers)
         )
         self.transformer = Transformer(config)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, VOCAB_SIZE, bias=False)
+        self.head = Linear(config.width, VOCAB_SIZE)
 
     def forward(
         self,
@@ -31,10 +40,31 @@ class LocalDecoder(nn.Module):
         newest_closed: NewestClosedPatch,
         documents: DocumentIds,
     ) -> Logits:
-        slots = self.slot_proj(latent_states).unflatten(-1, (self.slots_per_patch, -1))
+        slots = self.slot_keys_values(latent_states.flatten(0, 1))
+        patch_of_byte = flat_index(newest_closed, latent_states.shape[1])
         rotation, allowed = self.transformer.rotation_and_mask(documents)
-        for cross_attention, layer in zip(self.cross_attentions, self.transformer.layers, strict=True):
-            # twice the residual, as in the released weights
-            byte_states = 2 * byte_states + cross_attention(byte_states, slots, newest_closed)
-            byte_states = layer(byte_states, rotation, allowed)
+        for layer, block in enumerate(self.transformer.blocks):
+            keys, values = (part.index_select(0, patch_of_byte) for part in slots[layer])
+            byte_states = block(self.crosses[layer].read_patches(byte_states, keys, values), rotation, allowed)
+        return self.predict(byte_states)
+
+    def extend(self, byte_states: ByteStates, slots_of_byte: LayerSlots, cache: KeyValueCache, place: Place) -> Logits:
+        """``forward`` for new bytes; each comes with the slots of its own newest closed patch, all rows flattened."""
+        for layer, block in enumerate(self.transformer.blocks):
+            byte_states = self.crosses[layer].read_patches(byte_states, *slots_of_byte[layer])
+            byte_states = block.extend(byte_states, cache, layer, place)
+        return self.predict(byte_states)
+
+    def slot_keys_values(self, latent_states: Float[Tensor, "patch latent_dim"]) -> LayerSlots:
+        """What bytes will read of these patches in each layer."""
+        slots = self.slot_proj(latent_states).unflatten(-1, (self.slots_per_patch, -1))
+        return [cross_attention.keys_values(slots) for cross_attention in self.crosses]
+
+    def predict(self, byte_states: ByteStates) -> Logits:
+        """Logits, from the last layer's states."""
         return self.head(self.norm(byte_states)).float()
+
+    @property
+    def crosses(self) -> list[DecoderCrossAttention]:
+        """The cross-attentions, as what they are."""
+        return cast("list[DecoderCrossAttention]", list(self.cross_attentions))

@@ -1,13 +1,17 @@
 """Bytes and patches -> byte states and patch states (3.2)."""
 
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import HashEmbeddingsConfig, TransformerConfig
 from blt.model.attention import EncoderCrossAttention
 from blt.model.hash_embeddings import HashEmbeddings
+from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.linear import Linear
+from blt.model.patching import flat_index
 from blt.model.transformer import Transformer
-from blt.shapes import ByteIds, ByteStates, DocumentIds, PatchIds, PatchStates
+from blt.shapes import ByteIds, ByteStates, DocumentIds, PatchIds, PatchStates, Segments
 
 
 class LocalEncoder(nn.Module):
@@ -23,27 +27,46 @@ class LocalEncoder(nn.Module):
         self.byte_embedding = nn.Embedding(VOCAB_SIZE, config.width)
         self.hash_embeddings = HashEmbeddings(hash_embeddings, config.width)
         self.transformer = Transformer(config)
-        self.slot_proj = nn.Linear(config.width, slots_per_patch * config.width, bias=False)
+        self.slot_proj = Linear(config.width, slots_per_patch * config.width)
         self.cross_attention = EncoderCrossAttention(config.width, config.num_heads, config.norm_eps)
 
     def forward(self, byte_ids: ByteIds, patch_ids: PatchIds, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
-        byte_states = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
-        byte_states = self.transformer(byte_states, documents)
-        slots = self.slot_proj(max_over_patches(byte_states, patch_ids)).unflatten(-1, (self.slots_per_patch, -1))
+        byte_states = self.transformer(self.embed(byte_ids), documents)
+        batch, num_patches = byte_ids.shape[0], int(patch_ids.max()) + 1
+        segments = flat_index(patch_ids, num_patches)
+        patch_states = self.gather_patches(byte_states.flatten(0, 1), segments, batch * num_patches)
+        return byte_states, patch_states.unflatten(0, (batch, num_patches))
+
+    def extend(
+        self, byte_ids: Int[Tensor, "batch past_and_new"], new: int, cache: KeyValueCache, place: Place
+    ) -> ByteStates:
+        """States of the last ``new`` of these ids; those before are there for the n-grams that reach back to them."""
+        return self.transformer.extend(self.embed(byte_ids)[:, -new:], cache, place)
+
+    def embed(self, byte_ids: ByteIds) -> ByteStates:
+        """Byte and n-gram embeddings."""
+        return self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
+
+    def gather_patches(
+        self, byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int
+    ) -> Float[Tensor, "patch slots_dim"]:
+        """One state per patch, from the states of its bytes."""
+        slots = self.slot_proj(max_over_patches(byte_states, segments, num_patches))
+        slots = slots.unflatten(-1, (self.slots_per_patch, -1))
         # twice the residual, as in the released weights: slots + (slots + attention)
-        slots = 2 * slots + self.cross_attention(slots, byte_states, patch_ids)
-        return byte_states, slots.flatten(2)
+        return (2 * slots + self.cross_attention(slots, byte_states, segments)).flatten(1)
 
 
-def max_over_patches(byte_states: ByteStates, patch_ids: PatchIds) -> PatchStates:
+def max_over_patches(
+    byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int
+) -> Float[Tensor, "patch byte_dim"]:
     """The element-wise maximum over each patch's bytes; 0 for the empty patches beyond a row's last.
 
     >>> import torch
-    >>> states = torch.tensor([[[1.0, 0.0], [2.0, -3.0], [0.5, -1.0]]])
-    >>> max_over_patches(states, torch.tensor([[0, 1, 1]])).tolist()
-    [[[1.0, 0.0], [2.0, -1.0]]]
+    >>> states = torch.tensor([[1.0, 0.0], [2.0, -3.0], [0.5, -1.0]])
+    >>> max_over_patches(states, torch.tensor([0, 1, 1]), 2).tolist()
+    [[1.0, 0.0], [2.0, -1.0]]
     """
-    batch, _, width = byte_states.shape
-    pooled = byte_states.new_zeros(batch, int(patch_ids.max()) + 1, width)
-    index = patch_ids[..., None].expand_as(byte_states)
-    return pooled.scatter_reduce(1, index, byte_states, "amax", include_self=False)
+    pooled = byte_states.new_zeros(num_patches, byte_states.shape[1])
+    index = segments[:, None].expand_as(byte_states)
+    return pooled.scatter_reduce(0, index, byte_states, "amax", include_self=False)

@@ -4,15 +4,17 @@
 In every rule the first id of a document (its BOS) is a patch of its own: positions 0 and 1 always start one.
 """
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from blt.byte_ids import BYTE_OFFSET, EOS, positions_in_document
+from blt.byte_ids import BYTE_OFFSET, EOS, VOCAB_SIZE, positions_in_document
 from blt.config import PatchingConfig
-from blt.shapes import ByteIds, Entropies, NewestClosedPatch, PatchIds, PatchLengths, PatchStarts
+from blt.shapes import ByteIds, Entropies, NewestClosedPatch, PatchIds, PatchLengths, PatchStarts, Segments
 
 
 def patch_starts(byte_ids: ByteIds, entropies: Entropies | None, config: PatchingConfig) -> PatchStarts:
@@ -105,6 +107,16 @@ def newest_closed_patch(starts: PatchStarts) -> NewestClosedPatch:
     return starts.long().cumsum(1)[:, 1:] - 2
 
 
+def flat_index(ids: PatchIds, num_patches: int) -> Segments:
+    """Patch ids counted through all rows of a batch, rows one after another.
+
+    >>> flat_index(torch.tensor([[0, 1, 1], [0, 0, 1]]), 2).tolist()
+    [0, 1, 1, 2, 2, 3]
+    """
+    row = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    return (ids + row * num_patches).flatten()
+
+
 def patch_lengths(ids: PatchIds) -> PatchLengths:
     """Bytes in each patch; 0 beyond a row's last patch.
 
@@ -149,57 +161,54 @@ def mean_patch_bytes(byte_ids: ByteIds, starts: PatchStarts) -> float:
     return float(is_byte.sum()) / max(1, int((starts[:, :-1] & is_byte).sum()))
 
 
-@dataclass(frozen=True)
-class PatchingState:
-    """What the stepwise decision remembers of each row: of the ids so far, only these numbers."""
+class PatchingState(NamedTuple):
+    """What the stepwise decision remembers of a row: of the ids so far, only these numbers. As it is before any id."""
 
-    next_starts: Bool[Tensor, " batch"]  # does the next, unknown id start a patch
-    position: Int[Tensor, " batch"]  # of the next id, in its document
-    patch_bytes: Int[Tensor, " batch"]  # ids in the open patch
-    last_entropy: Float[Tensor, " batch"]  # nats; the doubt about the next id
-    last_is_space_like: Bool[Tensor, " batch"]
-
-
-def start_patching(batch: int, device: torch.device) -> PatchingState:
-    """The state before any id."""
-    zeros = torch.zeros(batch, dtype=torch.long, device=device)
-    return PatchingState(~zeros.bool(), zeros, zeros, torch.full((batch,), float("nan"), device=device), zeros.bool())
+    next_starts: bool = True  # does the next, unknown id start a patch
+    position: int = 0  # of the next id, in its document
+    patch_bytes: int = 0  # ids in the open patch
+    last_entropy: float = math.nan  # nats; the doubt about the next id
+    last_is_space_like: bool = False
 
 
 def step_patching(
-    state: PatchingState,
-    byte_id: Int[Tensor, " batch"],
-    next_entropy: Float[Tensor, " batch"] | None,
-    config: PatchingConfig,
+    state: PatchingState, byte_id: int, next_entropy: float | None, config: PatchingConfig
 ) -> PatchingState:
     """Take in one more id and decide whether the id after it starts a patch: the stepwise twin of ``patch_starts``.
 
-    ``next_entropy`` is the doubt about the unknown id after ``byte_id``, as in ``entropies[:, t + 1]``.
+    ``next_entropy`` is the doubt about the unknown id after ``byte_id``, as in ``entropies[:, t + 1]``. Compares in fp32
+    as the tensors do, so that both agree to the bit.
 
-    >>> config, state = PatchingConfig(rule="fixed", patch_bytes=2), start_patching(1, torch.device("cpu"))
+    >>> config, state = PatchingConfig(rule="fixed", patch_bytes=2), PatchingState()
     >>> for byte_id in (1, 70, 71):
-    ...     state = step_patching(state, torch.tensor([byte_id]), None, config)
-    ...     print(state.next_starts.item())
+    ...     state = step_patching(state, byte_id, None, config)
+    ...     print(state.next_starts)
     True
     False
     True
     """
-    position = torch.where(byte_id == EOS, 0, state.position + 1)
-    patch_bytes = torch.where(state.next_starts, 1, state.patch_bytes + 1)
-    space_like = is_space_like(byte_id)
+    position = 0 if byte_id == EOS else state.position + 1
+    patch_bytes = 1 if state.next_starts else state.patch_bytes + 1
+    space_like = False
     if config.uses_entropies:
         assert next_entropy is not None and config.threshold_nats is not None
-        value = next_entropy - state.last_entropy if config.rule == "entropy_rise" else next_entropy
-        starts = (value > config.threshold_nats) | (position < _always_starts(config))
+        value = np.float32(next_entropy)
+        if config.rule == "entropy_rise":
+            value -= np.float32(state.last_entropy)
+        starts = bool(value > np.float32(config.threshold_nats)) or position < _always_starts(config)
     elif config.rule == "space":
-        starts = (space_like & ~state.last_is_space_like) | (position < _always_starts(config))
+        space_like = bool(_IS_SPACE_LIKE[byte_id])
+        starts = (space_like and not state.last_is_space_like) or position < _always_starts(config)
     else:
         assert config.patch_bytes is not None
-        starts = (position == 0) | ((position - 1) % config.patch_bytes == 0)
+        starts = position == 0 or (position - 1) % config.patch_bytes == 0
     if config.max_patch_bytes is not None:
-        starts = starts | (patch_bytes >= config.max_patch_bytes)
-    last_entropy = state.last_entropy if next_entropy is None else next_entropy
+        starts = starts or patch_bytes >= config.max_patch_bytes
+    last_entropy = math.nan if next_entropy is None else next_entropy
     return PatchingState(starts, position, patch_bytes, last_entropy, space_like)
+
+
+_IS_SPACE_LIKE = is_space_like(torch.arange(VOCAB_SIZE)).tolist()
 
 
 def _always_starts(config: PatchingConfig) -> int:

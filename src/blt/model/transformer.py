@@ -1,16 +1,18 @@
 """The pre-norm block that all four networks are stacks of: RMSNorm, causal self-attention, SwiGLU (no biases)."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from blt.config import TransformerConfig
-from blt.model.attention import SelfAttention, may_attend, rotary_rotation
+from blt.model.attention import SelfAttention, States, may_attend
+from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
+from blt.model.rotary import Heads, rotary_rotation
 from blt.shapes import DocumentIds, MayAttend, Rotation
-
-States = Float[Tensor, "batch position width"]
 
 
 class SwiGLU(nn.Module):
@@ -18,9 +20,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, ffn_width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, ffn_width, bias=False)
-        self.up_proj = nn.Linear(width, ffn_width, bias=False)
-        self.down_proj = nn.Linear(ffn_width, width, bias=False)
+        self.gate_proj = Linear(width, ffn_width)
+        self.up_proj = Linear(width, ffn_width)
+        self.down_proj = Linear(ffn_width, width)
 
     def forward(self, states: States) -> States:
         return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
@@ -37,7 +39,23 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config.width, config.ffn_width)
 
     def forward(self, states: States, rotation: Rotation, allowed: MayAttend | None) -> States:
-        states = states + self.attention(self.attention_norm(states), rotation, allowed)
+        queries, keys, values = self.before_attention(states, rotation)
+        mask = None if allowed is None else allowed[:, None]
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+        return self.after_attention(states, mixed)
+
+    def extend(self, states: States, cache: KeyValueCache, layer: int, place: Place) -> States:
+        """``forward`` for new positions of rows whose earlier ones are in the cache."""
+        queries, keys, values = self.before_attention(states, place.rotation)
+        return self.after_attention(states, cache.attend(layer, queries, keys, values, place))
+
+    def before_attention(self, states: States, rotation: Rotation) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values."""
+        return self.attention.project(self.attention_norm(states), rotation)
+
+    def after_attention(self, states: States, mixed: Heads) -> States:
+        """The block's output, from its input and what its heads have read."""
+        states = states + self.attention.merge(mixed)
         return states + self.ffn(self.ffn_norm(states))
 
 
@@ -51,9 +69,20 @@ class Transformer(nn.Module):
 
     def forward(self, states: States, documents: DocumentIds) -> States:
         rotation, allowed = self.rotation_and_mask(documents)
-        for layer in self.layers:
-            states = layer(states, rotation, allowed)
+        for block in self.blocks:
+            states = block(states, rotation, allowed)
         return states
+
+    def extend(self, states: States, cache: KeyValueCache, place: Place) -> States:
+        """``forward`` for new positions of rows whose earlier ones are in the cache."""
+        for layer, block in enumerate(self.blocks):
+            states = block.extend(states, cache, layer, place)
+        return states
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, as what they are."""
+        return cast("list[Block]", list(self.layers))
 
     def rotation_and_mask(self, documents: DocumentIds) -> tuple[Rotation, MayAttend | None]:
         """What every layer of the stack shares: rotary rotation, and which positions may attend to which."""
