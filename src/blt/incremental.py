@@ -18,6 +18,7 @@ from blt.byte_ids import EOS, NEWLINE
 from blt.config import ModelConfig
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
+from blt.model.hash_embeddings import table_rows
 from blt.model.kv_cache import KeyValueCache, Place, Span
 from blt.model.latent_transformer import LatentTransformer
 from blt.model.linear import compiled
@@ -258,8 +259,9 @@ def _encode(
         for row, block in zip(state.rows, ids, strict=True)
     ]
     id_rows = _as_rows(with_past, reach + new, state)
+    rows = table_rows(id_rows, networks.config.hash_embeddings)[:, reach:]
     encoder = networks.network.local_encoder
-    return networks.run(LocalEncoder.extend, place, encoder, id_rows, new, state.encoder_cache, place)
+    return networks.run(LocalEncoder.extend, place, encoder, id_rows[:, reach:], rows, state.encoder_cache, place)
 
 
 def _slots_of_byte(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from blt.config import HashEmbeddingsConfig
 from blt.shapes import ByteIds, ByteStates
 
+TableRows = Int[Tensor, "batch byte table"]
+
 # One per hash function, in the order of the released code.
 PRIMES = (
     1000000007,
@@ -38,11 +40,14 @@ class HashEmbeddings(nn.Module):
         self.tables = nn.Embedding(config.num_tables * config.table_rows, width)
 
     def forward(self, byte_ids: ByteIds) -> ByteStates:
-        rows = table_rows(byte_ids, self.config)
-        return F.embedding_bag(rows.flatten(0, 1), self.tables.weight, mode="sum").unflatten(0, byte_ids.shape)
+        return self.look_up(table_rows(byte_ids, self.config))
+
+    def look_up(self, rows: TableRows) -> ByteStates:
+        """The sum of these rows for each byte."""
+        return F.embedding_bag(rows.flatten(0, 1), self.tables.weight, mode="sum").unflatten(0, rows.shape[:2])
 
 
-def table_rows(byte_ids: ByteIds, config: HashEmbeddingsConfig) -> Int[Tensor, "batch byte table"]:
+def table_rows(byte_ids: ByteIds, config: HashEmbeddingsConfig) -> TableRows:
     """The rows of the stacked tables that each byte's n-grams select.
 
     The hash of the g ids that end at t is the sum of id[t-g+1+j] * prime^j over j in 0..g-1, in wrapping int64; ids

@@ -50,9 +50,10 @@ class Place:
 
     def at(self, number: int) -> "Place":
         """The place of one of the block's positions, to write it alone."""
-        one = slice(number, number + 1)
-        allowed = None if self.allowed is None else self.allowed[:, :, one]
-        return replace(self, slots=self.slots[:, one], rotation=self.rotation[:, :, one], allowed=allowed)
+        one = torch.tensor([number], device=self.slots.device)
+        allowed = None if self.allowed is None else self.allowed.index_select(2, one)
+        slots, rotation = self.slots.index_select(1, one), self.rotation.index_select(2, one)
+        return replace(self, slots=slots, rotation=rotation, allowed=allowed)
 
 
 class KeyValueCache:

@@ -1,12 +1,12 @@
 """Bytes and patches -> byte states and patch states (3.2)."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import HashEmbeddingsConfig, TransformerConfig
 from blt.model.attention import EncoderCrossAttention
-from blt.model.hash_embeddings import HashEmbeddings
+from blt.model.hash_embeddings import HashEmbeddings, TableRows
 from blt.model.kv_cache import KeyValueCache, Place
 from blt.model.linear import Linear
 from blt.model.patching import flat_index
@@ -31,21 +31,17 @@ class LocalEncoder(nn.Module):
         self.cross_attention = EncoderCrossAttention(config.width, config.num_heads, config.norm_eps)
 
     def forward(self, byte_ids: ByteIds, patch_ids: PatchIds, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
-        byte_states = self.transformer(self.embed(byte_ids), documents)
+        embedded = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
+        byte_states = self.transformer(embedded, documents)
         batch, num_patches = byte_ids.shape[0], int(patch_ids.max()) + 1
         segments = flat_index(patch_ids, num_patches)
         patch_states = self.gather_patches(byte_states.flatten(0, 1), segments, batch * num_patches)
         return byte_states, patch_states.unflatten(0, (batch, num_patches))
 
-    def extend(
-        self, byte_ids: Int[Tensor, "batch past_and_new"], new: int, cache: KeyValueCache, place: Place
-    ) -> ByteStates:
-        """States of the last ``new`` of these ids; those before are there for the n-grams that reach back to them."""
-        return self.transformer.extend(self.embed(byte_ids)[:, -new:], cache, place)
-
-    def embed(self, byte_ids: ByteIds) -> ByteStates:
-        """Byte and n-gram embeddings."""
-        return self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
+    def extend(self, byte_ids: ByteIds, rows: TableRows, cache: KeyValueCache, place: Place) -> ByteStates:
+        """States of new bytes of rows whose earlier ones are in the cache; ``rows``: what their n-grams select."""
+        embedded = self.byte_embedding(byte_ids) + self.hash_embeddings.look_up(rows)
+        return self.transformer.extend(embedded, cache, place)
 
     def gather_patches(
         self, byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int
