@@ -229,7 +229,7 @@ def test_a_streamer_is_told_what_it_is_by_transformers(theirs: RowByRow, specula
     batch = padded([6])
     expected, found = RecordingStreamer(), RecordingStreamer()
     sequences = theirs.generate(**batch, streamer=expected, max_new_tokens=12)
-    theirs.generate(**batch, custom_generate=fast_generate, speculate=speculate, stream_to=found, max_new_tokens=12)
+    theirs.generate(**batch, custom_generate=fast_generate, speculate=speculate, streamer=found, max_new_tokens=12)
     assert found.events == expected.events
     assert found.events == [[sequences[0, :6].tolist()], *([drawn] for drawn in sequences[0, 6:].tolist()), "end"]
 
@@ -239,8 +239,7 @@ def test_a_byte_streamer_prints_the_prompt_and_what_is_written(
     one: BltForCausalLM, streams: Callable[[], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = torch.tensor([encode("naïve ")])
-    name = "stream_to" if streams() else "streamer"
-    sequences = one.generate(row, max_new_tokens=30, **streams(), **{name: ByteStreamer()})
+    sequences = one.generate(row, max_new_tokens=30, streamer=ByteStreamer(), **streams())
     written = bytes(byte_id - 4 for byte_id in sequences[0].tolist() if byte_id >= 4)
     assert capsys.readouterr().out == written.decode("utf-8", "replace")
     assert written.startswith("naïve ".encode())
@@ -276,7 +275,7 @@ def test_a_byte_that_is_no_character_comes_out_at_once_as_a_replacement() -> Non
 
 def test_a_byte_streamer_refuses_more_rows_than_one(one: BltForCausalLM) -> None:
     with pytest.raises(ValueError, match="one row, got 2"):
-        one.generate(prompt(3).expand(2, -1), custom_generate=fast_generate, stream_to=ByteStreamer(), max_new_tokens=2)
+        one.generate(prompt(3).expand(2, -1), custom_generate=fast_generate, streamer=ByteStreamer(), max_new_tokens=2)
 
 
 @pytest.fixture
@@ -403,7 +402,6 @@ def filled_cache() -> DynamicCache:
         ({"speculate": 2, "output_scores": True, "return_dict_in_generate": True}, "output_scores needs speculate=0"),
         ({"speculate": 2, "output_logits": True, "return_dict_in_generate": True}, "output_logits needs speculate=0"),
         ({"past_key_values": filled_cache()}, "past_key_values"),
-        ({"custom_generate": functools.partial(fast_generate, streamer=ByteStreamer())}, "as stream_to="),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, "row 0 of input_ids is empty or all masked"),
     ],
 )
@@ -432,10 +430,13 @@ def test_transformers_fails_with_its_cache_before_it_gets_to_us(one: BltForCausa
         one.generate(prompt(3), use_cache=True, custom_generate=fast_generate, max_new_tokens=2)
 
 
-def test_transformers_tells_us_nothing_of_its_own_streamer(one: BltForCausalLM) -> None:
-    streamer = RecordingStreamer()
-    one.generate(prompt(3), streamer=streamer, custom_generate=fast_generate, max_new_tokens=2)
-    assert streamer.events == [prompt(3).tolist()]
+@pytest.mark.parametrize("wrapped", [fast_generate, lambda *given, **named: fast_generate(*given, **named)])
+def test_a_streamer_is_found_through_whatever_wraps_us(one: BltForCausalLM, wrapped: Callable[..., Any]) -> None:
+    streamer, bound = RecordingStreamer(), RecordingStreamer()
+    one.generate(prompt(3), streamer=streamer, custom_generate=wrapped, max_new_tokens=2)
+    with_bound = functools.partial(fast_generate, streamer=bound)
+    one.generate(prompt(3), custom_generate=with_bound, max_new_tokens=2)
+    assert streamer.events == bound.events and len(bound.events) == 4
 
 
 def test_the_public_names_come_without_transformers() -> None:

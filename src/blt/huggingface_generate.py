@@ -1,5 +1,6 @@
 """A transformers model's weights and prompts -> the ids that its ``generate`` writes, by our steps instead of its own."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,30 +32,32 @@ def fast_generate(
     stopping_criteria: Any,
     generation_config: Any,
     speculate: int = 0,
-    stream_to: Any = None,
+    streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """What ``generate`` of a ``BltForCausalLM`` writes, at a cost per byte that does not grow with the text.
 
     For ``model.generate(input_ids, use_cache=False, custom_generate=blt.fast_generate)``. ``speculate=8`` beside these drafts
     up to so many bytes a round, for one row: same ids when greedy, same distribution when not; processors then see drafts,
-    too, so they may keep no state. ``stream_to=`` takes a ``ByteStreamer`` or any streamer of transformers.
+    too, so they may keep no state. ``streamer=`` takes a ``ByteStreamer`` or any streamer of transformers.
 
     Rows of a batch are each what they are alone, whatever their padding, which is where transformers' own go wrong. For one
     row ids, scores and random numbers are those of ``generate(use_cache=False)``, but as in the released model an EOS that
     does not end a row closes its document, and entropies are computed in fp32. Scores and logits that are kept of a row after
     its end are those of zeros. Raises ValueError for what is not supported, naming it.
 
-    Tested with transformers 5.23. There ``generate`` tells a ``custom_generate`` nothing of its own arguments ``streamer``,
+    Tested with transformers 5.23. There ``generate`` tells a ``custom_generate`` nothing of its own arguments
     ``assistant_model`` and ``tokenizer`` (for stop strings: ``stopping_criteria=[StopStringCriteria(...)]``), and its default
     ``use_cache=True`` fails for this model on the way here. Models that we save have ``use_cache`` False.
     """
     _refuse_unsupported(generation_config, len(input_ids), speculate, model_kwargs)
     networks = networks_of(model)
     prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
-    if stream_to is not None:
-        stream_to.put(input_ids.cpu())
-    sequences = Sequences(input_ids, logits_processor, stopping_criteria, generation_config, stream_to)
+    if streamer is None:
+        streamer = _streamer_of_caller(model)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    sequences = Sequences(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     if speculate:
         _write_drafting(networks, prompts[0], sequences, speculate)
     else:
@@ -110,7 +113,7 @@ class Sequences:
     processor: Callable[[Tensor, Tensor], Tensor]
     criteria: Any  # callable: ids, scores -> which rows have ended
     config: Any
-    stream_to: Any
+    streamer: Any
 
     def __post_init__(self) -> None:
         kept = self.config.return_dict_in_generate
@@ -142,13 +145,13 @@ class Sequences:
         """Take in an id for each row, and stream it."""
         self.ids = torch.cat([self.ids, chosen[:, None]], dim=1)
         self.unfinished = self.unfinished & ~self.criteria(self.ids, self.scores)
-        if self.stream_to is not None:
-            self.stream_to.put(chosen.cpu())
+        if self.streamer is not None:
+            self.streamer.put(chosen.cpu())
 
     def result(self) -> Any:
         """What ``generate`` returns."""
-        if self.stream_to is not None:
-            self.stream_to.end()
+        if self.streamer is not None:
+            self.streamer.end()
         if not self.config.return_dict_in_generate:
             return self.ids
         from transformers.generation import GenerateDecoderOnlyOutput
@@ -230,8 +233,16 @@ def _refuse_unsupported(generation_config: Any, rows: int, speculate: int, model
     past = model_kwargs.get("past_key_values")
     if past is not None and past.get_seq_length():
         raise ValueError("fast_generate cannot go on from past_key_values; give all ids as input_ids")
-    if model_kwargs.get("streamer") is not None:
-        raise ValueError("give the streamer as stream_to=")
+
+
+def _streamer_of_caller(model: Any) -> Any:
+    """The ``streamer=`` of the ``generate`` that called us, which transformers 5.23 hands to its own decoding only."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
 
 
 def print_piece(piece: str) -> None:
