@@ -53,10 +53,10 @@ def fast_generate(
     _refuse_unsupported(generation_config, len(input_ids), speculate, model_kwargs)
     networks = networks_of(model)
     prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
-    if streamer is None:
-        streamer = _streamer_of_caller(model)
     if streamer is not None:
         streamer.put(input_ids.cpu())
+    else:
+        streamer = _streamer_of_caller(model)  # which has shown it the prompt
     sequences = Sequences(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     if speculate:
         _write_drafting(networks, prompts[0], sequences, speculate)
