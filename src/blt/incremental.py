@@ -5,6 +5,7 @@ parallel beside the state, ``accept`` makes the state stand after as many of its
 transformer runs for the patches that the block closes and for nothing else.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -20,8 +21,6 @@ from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
 from blt.model.hash_embeddings import table_rows
 from blt.model.kv_cache import KeyValueCache, Place, Span
-from blt.model.latent_transformer import LatentTransformer
-from blt.model.linear import compiled
 from blt.model.local_decoder import LayerSlots, LocalDecoder
 from blt.model.local_encoder import LocalEncoder
 from blt.model.patching import PatchingState, step_patching
@@ -40,13 +39,32 @@ class Networks(NamedTuple):
     network: ByteLatentTransformer
     compiled: bool = False  # single steps compiled by torch: a minute at first, then twice as fast (docs/log.md)
 
-    def run(self, step: Callable[..., T], place: Place, *arguments: Any) -> T:
-        """A stage's step, compiled where the place of its block says so."""
+    def run(self, step: Callable[..., T], *arguments: Any, cache: KeyValueCache, place: Place) -> T:
+        """A stage's step with the keys and values that it keeps, compiled where the place of its block says so."""
         if not place.compiled:
-            return step(*arguments)
-        assert place.allowed is not None
-        torch._dynamo.maybe_mark_dynamic(place.allowed, 3)  # one compiled function for every number of keys
-        return compiled(step, self.config)(*arguments)
+            return step(*arguments, cache, place)
+        result, fresh = _compiled(step, self.config)(arguments, cache, place)
+        cache.write(fresh, place)
+        return result
+
+
+@functools.cache
+def _compiled(step: Callable[..., T], config: ModelConfig) -> Callable[..., tuple[T, Tensor]]:
+    """A stage's step compiled by torch for networks of this config, which takes seconds when it is first called.
+
+    It leaves the cache as it is, and gives back what is to be written there. Nothing about the network is checked again at
+    each call, which is why every config gets a compilation of its own.
+    """
+
+    def beside(arguments: tuple[Any, ...], cache: KeyValueCache, place: Place) -> tuple[T, Tensor]:
+        place = cache.with_allowed(place)
+        result = step(*arguments, cache, place)
+        return result, torch.stack(place.fresh)
+
+    without_checks = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(  # type: ignore[call-overload]  # its overloads lack isolate_recompiles
+        beside, dynamic=False, isolate_recompiles=True, options=without_checks
+    )
 
 
 class Standing(NamedTuple):
@@ -180,7 +198,7 @@ def extend(networks: Networks, state: State, ids: Sequence[Sequence[int]]) -> Bl
         assert entropy_model is not None
         place = _place(state, state.entropy_cache, ids, new, lines=_resets(config))
         id_rows = _as_rows(ids, new, state)
-        doubts = networks.run(EntropyModel.extend, place, entropy_model, id_rows, state.entropy_cache, place)
+        doubts = networks.run(EntropyModel.extend, entropy_model, id_rows, cache=state.entropy_cache, place=place)
         entropies = entropies_of(doubts)[:, 1:].tolist()
     standings = [
         _standings(row.standing, new_ids, doubts, config)
@@ -191,9 +209,8 @@ def extend(networks: Networks, state: State, ids: Sequence[Sequence[int]]) -> Bl
     slots_of_byte = _slots_of_byte(networks, state, standings, byte_states)
     if not state.decoder_cache.shares_places_with(state.encoder_cache):
         place = _place(state, state.decoder_cache, ids, new)
-    logits = networks.run(
-        LocalDecoder.extend, place, network.local_decoder, byte_states, slots_of_byte, state.decoder_cache, place
-    )
+    decoder, cache = network.local_decoder, state.decoder_cache
+    logits = networks.run(LocalDecoder.extend, decoder, byte_states, slots_of_byte, cache=cache, place=place)
     return Block([list(row) for row in ids], standings, logits, byte_states, slots_of_byte)
 
 
@@ -244,9 +261,8 @@ def draft_logits(
     in_encoder, in_decoder = (whole.at(number) for whole in place)
     byte_states = _encode(networks, state, blocks, 1, in_encoder)
     decoder, cache = networks.network.local_decoder, state.decoder_cache
-    return networks.run(LocalDecoder.extend, in_decoder, decoder, byte_states, state.newest_slots, cache, in_decoder)[
-        :, 0
-    ]
+    slots = state.newest_slots
+    return networks.run(LocalDecoder.extend, decoder, byte_states, slots, cache=cache, place=in_decoder)[:, 0]
 
 
 def _encode(
@@ -260,8 +276,8 @@ def _encode(
     ]
     id_rows = _as_rows(with_past, reach + new, state)
     rows = table_rows(id_rows, networks.config.hash_embeddings)[:, reach:]
-    encoder = networks.network.local_encoder
-    return networks.run(LocalEncoder.extend, place, encoder, id_rows[:, reach:], rows, state.encoder_cache, place)
+    encoder, cache = networks.network.local_encoder, state.encoder_cache
+    return networks.run(LocalEncoder.extend, encoder, id_rows[:, reach:], rows, cache=cache, place=place)
 
 
 def _slots_of_byte(
@@ -325,10 +341,15 @@ def _close_patches(
     most = max(counts)
     padded = pad_sequence(list(patch_states.split(counts)), batch_first=True)
     place = state.latent_cache.place(closing, spans, most)
-    latent_states = networks.run(
-        LatentTransformer.extend, place, network.latent_transformer, padded, state.latent_cache, place
-    )
-    return networks.run(LocalDecoder.slot_keys_values, place, network.local_decoder, latent_states.flatten(0, 1))
+    return networks.run(_slots_of_patches, network, padded, cache=state.latent_cache, place=place)
+
+
+def _slots_of_patches(
+    network: ByteLatentTransformer, patch_states: Float[Tensor, "row new patch_dim"], cache: KeyValueCache, place: Place
+) -> LayerSlots:
+    """What bytes will read of patches that close, all rows flattened: their latent states, as the decoder's keys and values."""
+    latent_states = network.latent_transformer.extend(patch_states, cache, place)
+    return network.local_decoder.slot_keys_values(latent_states.flatten(0, 1))
 
 
 def _standings(

@@ -5,7 +5,8 @@ its window: positions that were written and then not accepted only ever overwrit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ from blt.model.rotary import rotary_rotation
 from blt.shapes import Rotation
 
 SPARE_SLOTS = 32  # beyond the window: the longest block of positions that can be written before it is accepted
-FIRST_SLOTS = 128  # of a cache without a window, which doubles whenever it is full
+FIRST_SLOTS = 128  # of a cache without a window, which grows by a quarter whenever it is full
 
 NewHeads = Float[Tensor, "row head new head_dim"]
 KeptLayer = Float[Tensor, "all_rows head slot head_dim"]
+KeysValues = Float[Tensor, "2 head new head_dim"]  # of one row
 
 
 class Span(NamedTuple):
@@ -36,24 +38,22 @@ class Place:
     """Where a block of new positions goes and what it may read: the same for every layer, so worked out once."""
 
     rows: Int[Tensor, " row"]  # of the cache, in the order of the block; always on the CPU
-    slots: Int[Tensor, "row new"]
+    positions: Int[Tensor, "row new"]
+    oldest: Int[Tensor, "row new"]  # the first position that each of them reads
     rotation: Rotation  # [row, 1, new, half_head_dim, 2]
     allowed: Float[Tensor, "row 1 new key"] | None  # added to the scores: 0 or -inf; None: every key is read
     keys_used: int  # slots that hold anything
-    beside: bool  # the block is too long to be written first: it is read beside what the cache holds
-    may_compile: bool  # one row, and the compiler is asked for
-
-    @property
-    def compiled(self) -> bool:
-        """Does the compiler work out this block? It does single positions only."""
-        return self.may_compile and self.slots.numel() == 1
+    beside: bool  # the block is read beside what the cache holds, and written afterwards
+    compiled: bool = False  # by torch's compiler, which makes ``allowed`` by itself
+    fresh: list[KeysValues] = field(default_factory=list)  # where a compiled stage collects what is to be written
 
     def at(self, number: int) -> "Place":
         """The place of one of the block's positions, to write it alone."""
-        one = torch.tensor([number], device=self.slots.device)
+        one = torch.tensor([number], device=self.positions.device)
+        positions, oldest = self.positions.index_select(1, one), self.oldest.index_select(1, one)
         allowed = None if self.allowed is None else self.allowed.index_select(2, one)
-        slots, rotation = self.slots.index_select(1, one), self.rotation.index_select(2, one)
-        return replace(self, slots=slots, rotation=rotation, allowed=allowed)
+        rotation = self.rotation.index_select(2, one)
+        return replace(self, positions=positions, oldest=oldest, rotation=rotation, allowed=allowed)
 
 
 class KeyValueCache:
@@ -63,15 +63,19 @@ class KeyValueCache:
         self, config: TransformerConfig, rows: int, device: torch.device, dtype: torch.dtype, compiled: bool = False
     ) -> None:
         self.window = config.window_positions
-        self.slots = FIRST_SLOTS if self.window is None else self.window + SPARE_SLOTS
+        slots = FIRST_SLOTS if self.window is None else self.window + SPARE_SLOTS
         self.keys_values = torch.zeros(
-            config.num_layers, 2, rows, config.num_heads, self.slots, config.head_dim, device=device, dtype=dtype
+            config.num_layers, 2, rows, config.num_heads, slots, config.head_dim, device=device, dtype=dtype
         )
         self.theta = config.rope_theta
         self.rotation = rotary_rotation(FIRST_SLOTS, config.head_dim, self.theta, device)
         self.compiled = compiled
-        if compiled:
-            torch._dynamo.maybe_mark_dynamic(self.keys_values, 4)
+        self._mark_slots()
+
+    @property
+    def slots(self) -> int:
+        """How many positions of a row there is room for."""
+        return self.keys_values.shape[4]
 
     def shares_places_with(self, other: "KeyValueCache") -> bool:
         """Is the place of a block the same in both, given the same spans? Not where each must grow by itself."""
@@ -83,41 +87,69 @@ class KeyValueCache:
 
         A row whose block is padded goes on from its own length next time; the padding is overwritten unread.
         """
-        device = self.keys_values.device
         last = [span.first + new - 1 for span in spans]
         self._make_room(max(last) + 1)
-        beside = self.window is not None and new > SPARE_SLOTS
+        compiled = self.compiled and new == 1 == len(rows) == self.keys_values.shape[2]
+        beside = compiled or (self.window is not None and new > SPARE_SLOTS)
         assert not beside or all(len(span.oldest) == new for span in spans), "a long block cannot be padded"
-        window = self.window or max(last) + 1
-        positions = [list(range(span.first, span.first + new)) for span in spans]
-        oldest = [[*span.oldest, *span.oldest[-1:] * (new - len(span.oldest))] for span in spans]
-        position, first_read = torch.tensor([positions, oldest])
-        first_read = first_read.maximum(position - (window - 1))
+        reach = (self.window or max(last) + 1) - 1
+        numbers = [list(range(span.first, span.first + new)) for span in spans]
+        first_read = [
+            [max(begun, number - reach) for begun, number in zip_longest(span.oldest, row, fillvalue=span.oldest[-1])]
+            for span, row in zip(spans, numbers, strict=True)
+        ]
+        positions, oldest = torch.tensor([numbers, first_read], device=self.keys_values.device)
         used = min(self.slots, max(last) + 1)
-        newest = position[:, :1] - 1 if beside else position[:, -1:]
-        in_slot = newest - (newest - torch.arange(used)) % self.slots  # the position that each slot holds
+        allowed = None if compiled else self._allowed(positions, oldest, used, beside)
+        rotation = self.rotation[positions][:, None]
+        return Place(torch.tensor(rows), positions, oldest, rotation, allowed, used, beside, compiled)
+
+    def with_allowed(self, place: Place) -> Place:
+        """The place with what the compiler makes by itself: all slots count as used."""
+        allowed = self._allowed(place.positions, place.oldest, self.slots, beside=True)
+        return Place(place.rows, place.positions, place.oldest, place.rotation, allowed, self.slots, True, True)
+
+    def _allowed(
+        self, positions: Int[Tensor, "row new"], oldest: Int[Tensor, "row new"], used: int, beside: bool
+    ) -> Float[Tensor, "row 1 new key"] | None:
+        """Which slots each position reads, and which of the block's own positions after them if it is beside."""
+        newest = positions[:, :1] - 1 if beside else positions[:, -1:]
+        of_slot = newest - (newest - torch.arange(used, device=positions.device)) % self.slots  # what each slot holds
         if beside:
-            in_slot = torch.cat([in_slot, position], dim=1)
-        may_attend = in_slot[:, None, :] >= first_read[..., None]
-        if new > 1:
-            may_attend &= in_slot[:, None, :] <= position[..., None]
-        may_compile = self.compiled and len(rows) == 1
-        allowed, position = None, position.to(device)
-        if may_compile or not bool(may_attend.all()):
-            allowed = torch.where(may_attend, 0.0, -torch.inf).to(device, self.keys_values.dtype)[:, None]
-        rotation = self.rotation[position][:, None]
-        return Place(torch.tensor(rows), position % self.slots, rotation, allowed, used, beside, may_compile)
+            of_slot = torch.cat([of_slot, positions], dim=1)
+        may_attend = of_slot[:, None, :] >= oldest[..., None]
+        if positions.shape[1] > 1:
+            may_attend &= of_slot[:, None, :] <= positions[..., None]
+        if not torch.compiler.is_compiling() and bool(may_attend.all()):
+            return None
+        return torch.where(may_attend, 0.0, -torch.inf).to(self.keys_values.dtype)[:, None]
 
     def attend(self, layer: int, queries: NewHeads, keys: NewHeads, values: NewHeads, place: Place) -> NewHeads:
         """Write the block's keys and values of this layer, and read what each of its queries may."""
-        if torch.compiler.is_compiling():
-            arguments = (self.keys_values, layer, queries, keys, values, place.allowed, place.rows, place.slots)
-            return torch.ops.blt.write_then_read(*arguments)
+        if place.compiled:
+            place.fresh.append(torch.stack([keys[0], values[0]]))
+            return _read_in_loops(self.keys_values[layer], queries, keys, values, place)
         if place.beside:
             return self._read_beside(layer, queries, keys, values, place)
-        return write_then_read(
-            self.keys_values, layer, queries, keys, values, place.allowed, place.rows, place.slots, place.keys_used
-        )
+        kept_keys, kept_values = self.keys_values[layer]
+        slots = place.positions % self.slots
+        _write(kept_keys, keys, place.rows, slots)
+        _write(kept_values, values, place.rows, slots)
+        kept_keys, kept_values = kept_keys[:, :, : place.keys_used], kept_values[:, :, : place.keys_used]
+        chosen = place.rows.tolist()
+        if chosen == list(range(len(chosen))):
+            kept_keys, kept_values = kept_keys[: len(chosen)], kept_values[: len(chosen)]
+            return F.scaled_dot_product_attention(queries, kept_keys, kept_values, attn_mask=place.allowed)
+        mixed = []  # rows here and there: one by one, which copies no keys
+        for index, row in enumerate(chosen):
+            mask = None if place.allowed is None else place.allowed[index : index + 1]
+            one = (queries[index : index + 1], kept_keys[row : row + 1], kept_values[row : row + 1])
+            mixed.append(F.scaled_dot_product_attention(*one, attn_mask=mask))
+        return torch.cat(mixed)
+
+    def write(self, fresh: Float[Tensor, "layer 2 head new head_dim"], place: Place) -> None:
+        """What a compiled stage has collected: keys and values of every layer, of the one row that there is."""
+        self.keys_values[:, :, 0].index_copy_(3, place.positions[0] % self.slots, fresh)
 
     def _read_beside(self, layer: int, queries: NewHeads, keys: NewHeads, values: NewHeads, place: Place) -> NewHeads:
         """For a long block: read first, then write what its end leaves in the ring."""
@@ -126,7 +158,7 @@ class KeyValueCache:
         mixed = F.scaled_dot_product_attention(queries, all_keys, all_values, attn_mask=place.allowed)
         tail = slice(-self.slots, None)
         for part, new in zip(self.keys_values[layer], (keys, values), strict=True):
-            _write(part, new[:, :, tail], place.rows, place.slots[:, tail])
+            _write(part, new[:, :, tail], place.rows, place.positions[:, tail] % self.slots)
         return mixed
 
     def move_row(self, origin: int, row: int) -> None:
@@ -146,40 +178,30 @@ class KeyValueCache:
             twice = max(positions, 2 * len(self.rotation))
             self.rotation = rotary_rotation(twice, 2 * self.rotation.shape[1], self.theta, self.rotation.device)
         if self.window is None and self.slots < positions:
-            old, self.slots = self.keys_values, max(positions, 2 * self.slots)
-            self.keys_values = old.new_zeros(*old.shape[:4], self.slots, old.shape[5])
+            old = self.keys_values
+            slots = max(positions, self.slots + self.slots // 4)
+            self.keys_values = old.new_zeros(*old.shape[:4], slots, old.shape[5])
             self.keys_values[..., : old.shape[4], :] = old
-            if self.compiled:  # one compiled function for every number of slots
-                torch._dynamo.maybe_mark_dynamic(self.keys_values, 4)
+            self._mark_slots()
+
+    def _mark_slots(self) -> None:
+        if self.compiled and self.window is None:  # one compiled function for every number of slots
+            torch._dynamo.maybe_mark_dynamic(self.keys_values, 4)
 
 
-def write_then_read(
-    keys_values: Tensor,
-    layer: int,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    allowed: Tensor | None,
-    rows: Tensor,
-    slots: Tensor,
-    keys_used: int | None = None,
-) -> Tensor:
-    """Write keys and values [row, head, new, head_dim] to their slots of some rows, then attend to the slots in use."""
-    kept_keys, kept_values = keys_values[layer]
-    _write(kept_keys, keys, rows, slots)
-    _write(kept_values, values, rows, slots)
-    used = keys_used if allowed is None else allowed.shape[-1]
-    kept_keys, kept_values = kept_keys[:, :, :used], kept_values[:, :, :used]
-    chosen = rows.tolist()
-    if chosen == list(range(len(chosen))):
-        kept_keys, kept_values = kept_keys[: len(chosen)], kept_values[: len(chosen)]
-        return F.scaled_dot_product_attention(queries, kept_keys, kept_values, attn_mask=allowed)
-    mixed = []  # rows here and there: one by one, which copies no keys
-    for index, row in enumerate(chosen):
-        mask = None if allowed is None else allowed[index : index + 1]
-        one = (queries[index : index + 1], kept_keys[row : row + 1], kept_values[row : row + 1])
-        mixed.append(F.scaled_dot_product_attention(*one, attn_mask=mask))
-    return torch.cat(mixed)
+def _read_in_loops(
+    kept: Float[Tensor, "2 1 head slot head_dim"], queries: NewHeads, keys: NewHeads, values: NewHeads, place: Place
+) -> NewHeads:
+    """Attention of one position to what the cache holds and to itself, in operations that the compiler makes one loop of."""
+    assert place.allowed is not None
+    kept_keys, kept_values = kept[:, 0]
+    query = queries[0].float() * queries.shape[-1] ** -0.5  # [head, 1, head_dim]
+    scores = (kept_keys * query).sum(-1) + place.allowed[0, :, 0, :-1]
+    own = (keys[0] * query).sum(-1)
+    largest = torch.maximum(scores.amax(-1, keepdim=True), own)
+    weights, own_weight = (scores - largest).exp(), (own - largest).exp()
+    mixed = torch.bmm(weights[:, None].to(kept.dtype), kept_values) + own_weight[..., None] * values[0]
+    return (mixed / (weights.sum(-1, keepdim=True) + own_weight)[..., None]).to(queries.dtype)[None]
 
 
 def _write(kept: KeptLayer, new: NewHeads, rows: Int[Tensor, " row"], slots: Int[Tensor, "row new"]) -> None:
@@ -187,16 +209,3 @@ def _write(kept: KeptLayer, new: NewHeads, rows: Int[Tensor, " row"], slots: Int
         kept[int(rows)].index_copy_(1, slots[0], new[0])
     else:
         kept[rows.to(slots.device)[:, None], :, slots] = new.transpose(1, 2)
-
-
-# For the compiler one operation that it does not look into: whatever the number of keys, it is compiled once, and the cache is
-# never copied.
-_LIBRARY = torch.library.Library("blt", "DEF")
-_LIBRARY.define(
-    "write_then_read(Tensor(a!) keys_values, int layer, Tensor queries, Tensor keys, Tensor values, Tensor? allowed, "
-    "Tensor rows, Tensor slots) -> Tensor"
-)
-_LIBRARY.impl("write_then_read", write_then_read, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "blt::write_then_read", lambda keys_values, layer, queries, *rest: torch.empty_like(queries)
-)
