@@ -9,7 +9,7 @@ Then a trained model, plain beside speculative, after snippets of text that it w
 accept nearly every draft, as their latents say little: what speculation gains there is an upper bound.)
 
 `bandwidth_fraction`: what a step must read (each weight matrix once per use, and the keys and values in reach), times
-steps per second, over the read bandwidth of the memory as measured in the same run.
+steps per second, over the bandwidth at which memory was read just before; the median of the turns.
 `*_peak_bytes`: weights, and how far the process's resident memory rose above them from the prompt to the first bytes.
 """
 
@@ -143,8 +143,8 @@ Case = tuple[int, int]  # bytes of the prompt, rows
 Contest = dict[Case, dict[str, Contestant]]
 
 
-def contest(networks: "Networks", plan: Plan) -> tuple[Contest, float]:
-    """All sides in all cases, after their turns; the seconds of the first compiled steps."""
+def contest(networks: "Networks", plan: Plan) -> tuple[Contest, float, list[float]]:
+    """All sides in all cases, after their turns; the seconds of the first compiled steps; bytes per second that memory was read at in each turn."""
     from decode_sides import HuggingFaceBlt, Llama, Ours, random_prompt
 
     theirs = importlib.util.find_spec("transformers") is not None
@@ -180,15 +180,17 @@ def contest(networks: "Networks", plan: Plan) -> tuple[Contest, float]:
                 say(f"compiled in about {seconds:.0f} s, which counts in no figure")
                 found[name].prepare(prompts, plan.warm_bytes)  # again for its memory, without the compiler's
     everyone = [contestant for found in entered.values() for contestant in found.values()]
+    bandwidths = []
     for turn in range(plan.stretches):
-        say(f"turn {turn + 1} of {plan.stretches}")
+        bandwidths.append(read_bandwidth(plan.compiled))
+        say(f"turn {turn + 1} of {plan.stretches}: memory reads at {bandwidths[-1] / 1e9:.1f} GB/s")
         for contestant in everyone:
             if turn < contestant.stretches:
                 contestant.written.append(contestant.side.write(contestant.stretch_bytes))
-    return entered, compile_seconds
+    return entered, compile_seconds, bandwidths
 
 
-def rows_of(model: str, case: Case, found: dict[str, Contestant], bandwidth: float) -> list[Row]:
+def rows_of(model: str, case: Case, found: dict[str, Contestant], bandwidths: Sequence[float]) -> list[Row]:
     """A row for each mode of ours that was measured in this case; of the speculative ones the fastest."""
     modes = [found[name] for name in ("eager", "compiled") if name in found]
     plain = modes[-1]
@@ -204,7 +206,11 @@ def rows_of(model: str, case: Case, found: dict[str, Contestant], bandwidth: flo
                     row[f"{name}_peak_bytes"] = found[name].peak_bytes
         if ours in modes:
             per_byte = ours.side.bytes_to_read(ours.written) / ours.total("num_bytes")
-            row |= {"read_per_byte": per_byte, "bandwidth_fraction": per_byte * ours.bytes_per_second / bandwidth}
+            fractions = [
+                per_byte * part.num_bytes / part.seconds / bandwidth
+                for part, bandwidth in zip(ours.written, bandwidths, strict=True)
+            ]
+            row |= {"read_per_byte": per_byte, "bandwidth_fraction": statistics.median(fractions)}
         else:
             row["speculation_ratio"] = ours.bytes_per_second / plain.bytes_per_second
         rows.append(row)
@@ -341,12 +347,10 @@ def measure(size: str, plan: Plan, run: Path, data: str, command: str) -> dict[s
     from blt.flops import parameter_counts
 
     machine = facts()
-    bandwidth = read_bandwidth(plan.compiled)
-    say(f"memory reads at {bandwidth / 1e9:.1f} GB/s; weights are drawn and the threshold is calibrated")
+    say("weights are drawn and the threshold is calibrated")
     networks = random_networks(shape(size))
-    entered, compile_seconds = contest(networks, plan)
-    bandwidth = max(bandwidth, read_bandwidth(plan.compiled))
-    rows = [row for case, found in entered.items() for row in rows_of(size, case, found, bandwidth)]
+    entered, compile_seconds, bandwidths = contest(networks, plan)
+    rows = [row for case, found in entered.items() for row in rows_of(size, case, found, bandwidths)]
     summary: dict[str, Any] = {"parameters": parameter_counts(networks.config)["total"], **cost_ratios(entered)}
     del entered
     if plan.compiled:
@@ -359,7 +363,8 @@ def measure(size: str, plan: Plan, run: Path, data: str, command: str) -> dict[s
         rows += measure_trained(run, data, plan)
     else:
         say(f"no trained model at {run}, so nothing is said of one: run make demo, or give --model RUN")
-    machine["read_gb_per_second"] = bandwidth / 1e9
+    machine["read_gb_per_second"] = round(statistics.median(bandwidths) / 1e9, 1)
+    machine["read_gb_per_second_of_each_turn"] = [round(bandwidth / 1e9, 1) for bandwidth in bandwidths]
     machine["load_at_end"] = round(os.getloadavg()[0], 2)
     summary["seconds"] = round(time.perf_counter() - BEGIN)
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": rounded(summary)}

@@ -67,7 +67,7 @@ class Ours:
         patches = self._patches()
         begin = time.perf_counter()
         while written < num_bytes * len(self.drawers):
-            limits = [draft_limit(self.networks.config, each.acceptance, self.speculate) for each in self.drawers]
+            limits = [draft_limit(self.networks, each.acceptance, self.speculate) for each in self.drawers]
             done = advance(self.networks, self.state, self.drawers, limits)
             written += sum(map(len, done.ids))
             latent_calls += done.latent_calls

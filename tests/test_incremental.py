@@ -392,7 +392,7 @@ def test_a_draft_reads_what_the_newest_latent_says_and_leaves_the_state_as_it_is
         state.append(other)
     blocks: list[list[int]] = [[] for _ in case.rows]
     longest = rng.choice([1, 10, SPARE_SLOTS])
-    place = draft_place(state, longest)
+    place = draft_place(networks, state, longest)
     for length in range(1, longest + 1):
         going_on = [row for row, block in enumerate(blocks) if len(block) == length - 1]
         going_on = [row for row in going_on if length == 1 or rng.random() < 0.95]
@@ -435,6 +435,7 @@ sys.path.insert(0, TESTS)
 from test_incremental import Networks, assert_close, draw_case, prefill, step, whole_pass
 from tiny import SHAPE, random_models
 from blt.config import TransformerConfig
+from blt.generate import Batch, GenerationStats, Request, stream
 
 stack = TransformerConfig(num_layers=1, **SHAPE)
 local = stack.model_copy(update={"window_positions": 9})
@@ -448,6 +449,10 @@ for weights in (0, 7):  # the second networks are compiled already, and still ar
     for t in range(20, 300):
         assert_close(step(networks, state, [[row[t]]])[0], logits[t])
         assert state.rows[0].standing.patching.next_starts == starts[t + 1]
+    stats, texts = GenerationStats(), set()
+    for mode, speculate in ((networks._replace(compiled=False), 0), (networks, 0), (networks, 7)):
+        texts.add(b"".join(stream(Batch(mode, speculate, stats), Request(row[:20], 50))))
+    assert len(texts) == 1 and stats.drafted_bytes > 0
 """
 
 

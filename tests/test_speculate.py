@@ -15,6 +15,7 @@ from blt.config import PatchingConfig, read_run_config
 from blt.generate import Batch, GenerationStats, Request, start_writer
 from blt.incremental import Networks, State, prefill, start, step
 from blt.language_model import LanguageModel
+from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.kv_cache import SPARE_SLOTS
 from blt.model.latent_transformer import LatentTransformer
 from blt.sampling import NextLogits, Probabilities, Sampling, draw, next_probabilities
@@ -294,10 +295,15 @@ def test_a_draft_ends_at_eos_and_at_its_limit() -> None:
 
 def test_a_row_drafts_more_the_more_of_it_is_accepted() -> None:
     for preset in ("small", "blt_1b", "blt_8b"):
-        config = read_run_config(preset).model
-        limits = [draft_limit(config, acceptance / 50, 12) for acceptance in range(51)]
-        assert limits[0] == 0 and limits[-1] == 12
-        assert all(fewer <= more for fewer, more in pairwise(limits))
+        with torch.device("meta"):
+            networks = Networks(
+                read_run_config(preset).model, None, ByteLatentTransformer(read_run_config("tiny").model)
+            )
+        for compiled, most in ((False, 12), (True, 7)):
+            networks = networks._replace(compiled=compiled)
+            limits = [draft_limit(networks, acceptance / 50, 12) for acceptance in range(51)]
+            assert limits[0] == 0 and limits[-1] == most
+            assert all(fewer <= more for fewer, more in pairwise(limits))
 
 
 @pytest.mark.parametrize(("agrees", "limit"), [(True, 1.0), (False, 0.0)])

@@ -179,7 +179,7 @@ class Batch:
 
     def _draft_limit(self, writer: Writer) -> int:
         left = writer.request.max_bytes - writer.num_bytes - 1
-        return min(left, draft_limit(self.networks.config, writer.drawer.acceptance, self.speculate))
+        return min(left, draft_limit(self.networks, writer.drawer.acceptance, self.speculate))
 
 
 def stream(batch: Batch, request: Request) -> Iterator[bytes]:

@@ -212,7 +212,7 @@ def _write_drafting(networks: Networks, prompt: list[int], sequences: Sequences,
             if not any(sequences.rows_going_on()):
                 return
         left = sequences.config.max_length - sequences.ids.shape[1]
-        limit = min(left - 1, draft_limit(networks.config, drawer.acceptance, most))
+        limit = min(left - 1, draft_limit(networks, drawer.acceptance, most))
         new = advance(networks, state, [drawer], [limit]).ids[0]
 
 

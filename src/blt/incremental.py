@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,11 +20,13 @@ from blt.byte_ids import EOS, NEWLINE
 from blt.config import ModelConfig
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
-from blt.model.hash_embeddings import table_rows
-from blt.model.kv_cache import KeyValueCache, Place, Span
+from blt.model.hash_embeddings import TableRows, table_rows
+from blt.model.kv_cache import Kept, KeyValueCache, Place, Span
+from blt.model.linear import COMPILED_ROWS
 from blt.model.local_decoder import LayerSlots, LocalDecoder
 from blt.model.local_encoder import LocalEncoder
 from blt.model.patching import PatchingState, step_patching
+from blt.shapes import ByteIds
 
 T = TypeVar("T")
 
@@ -37,31 +40,35 @@ class Networks(NamedTuple):
     config: ModelConfig
     entropy_model: EntropyModel | None
     network: ByteLatentTransformer
-    compiled: bool = False  # single steps compiled by torch: a minute at first, then twice as fast (docs/log.md)
+    compiled: bool = False  # steps of one row compiled by torch: a minute at first, then twice as fast (docs/log.md)
 
-    def run(self, step: Callable[..., T], *arguments: Any, cache: KeyValueCache, place: Place) -> T:
-        """A stage's step with the keys and values that it keeps, compiled where the place of its block says so."""
-        if not place.compiled:
-            return step(*arguments, cache, place)
-        result, fresh = _compiled(step, self.config)(arguments, cache, place)
-        cache.write(fresh, place)
+    def run(self, step: Callable[..., T], *arguments: Any, kept: Sequence[Kept]) -> T:
+        """A stage's step on what is kept for it, compiled where the place of its block says so."""
+        if not kept[0][1].compiled:
+            return step(*arguments, *kept)
+        result, fresh = _compiled(step, self.config)(arguments, kept)
+        for (cache, place), keys_values in zip(kept, fresh, strict=True):
+            cache.write(keys_values, place)
         return result
 
 
 @functools.cache
-def _compiled(step: Callable[..., T], config: ModelConfig) -> Callable[..., tuple[T, Tensor]]:
+def _compiled(step: Callable[..., T], config: ModelConfig) -> Callable[..., tuple[T, list[Tensor]]]:
     """A stage's step compiled by torch for networks of this config, which takes seconds when it is first called.
 
-    It leaves the cache as it is, and gives back what is to be written there. Nothing about the network is checked again at
-    each call, which is why every config gets a compilation of its own.
+    It leaves the caches as they are, and gives back what is to be written there. Nothing about the network is checked again
+    at each call, which is why every config gets a compilation of its own.
     """
 
-    def beside(arguments: tuple[Any, ...], cache: KeyValueCache, place: Place) -> tuple[T, Tensor]:
-        place = cache.with_allowed(place)
-        result = step(*arguments, cache, place)
-        return result, torch.stack(place.fresh)
+    def beside(arguments: tuple[Any, ...], kept: Sequence[Kept]) -> tuple[T, list[Tensor]]:
+        places = [cache.with_allowed(place) for cache, place in kept]
+        result = step(*arguments, *((cache, place) for (cache, _), place in zip(kept, places, strict=True)))
+        return result, [torch.stack(place.fresh) for place in places]
 
-    without_checks = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    without_checks = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        "size_asserts": False,
+    }
     return torch.compile(  # type: ignore[call-overload]  # its overloads lack isolate_recompiles
         beside, dynamic=False, isolate_recompiles=True, options=without_checks
     )
@@ -154,21 +161,21 @@ class Block:
 
 def start(networks: Networks, rows: int = 1) -> State:
     """The state before any id, of so many rows."""
-    config, entropy_model, network, fast = networks
+    config, entropy_model, network, _ = networks
     weight = network.local_decoder.head.weight
     device, dtype, decoder = weight.device, weight.dtype, config.local_decoder
     entropy_cache = None
     if config.patching.uses_entropies:
         assert config.entropy_model is not None and entropy_model is not None
         entropy_dtype = entropy_model.head.weight.dtype
-        entropy_cache = KeyValueCache(config.entropy_model, rows, device, entropy_dtype, fast)
+        entropy_cache = KeyValueCache(config.entropy_model, rows, device, entropy_dtype)
     nothing = torch.zeros(rows, config.slots_per_patch, decoder.num_heads, decoder.head_dim, device=device, dtype=dtype)
     return State(
         [Row() for _ in range(rows)],
         entropy_cache,
-        KeyValueCache(config.local_encoder, rows, device, dtype, fast),
-        KeyValueCache(config.latent, rows, device, dtype, fast),
-        KeyValueCache(decoder, rows, device, dtype, fast),
+        KeyValueCache(config.local_encoder, rows, device, dtype),
+        KeyValueCache(config.latent, rows, device, dtype),
+        KeyValueCache(decoder, rows, device, dtype),
         [(nothing, nothing)] * decoder.num_layers,
     )
 
@@ -189,28 +196,33 @@ def step(networks: Networks, state: State, ids: Sequence[Sequence[int]]) -> Floa
 
 
 @torch.no_grad()
-def extend(networks: Networks, state: State, ids: Sequence[Sequence[int]]) -> Block:
-    """The block of these ids, at least one for each row."""
-    config, entropy_model, network, _ = networks
+def extend(networks: Networks, state: State, ids: Sequence[Sequence[int]], new: int = 0) -> Block:
+    """The block of these ids, at least one for each row.
+
+    ``new``: how many positions to pad it to. Who gives one says that blocks of this length come again and again, as those
+    of one id do: they are compiled, if the networks are.
+    """
+    config, entropy_model, network, fast = networks
+    fast = fast and (new > 0 or all(len(row) == 1 for row in ids))
     entropies: list[list[float | None]] = [[None] * len(row) for row in ids]
-    new = max(len(row) for row in ids)
+    new = new or max(len(row) for row in ids)
     if state.entropy_cache is not None:
         assert entropy_model is not None
-        place = _place(state, state.entropy_cache, ids, new, lines=_resets(config))
+        place = _place(state, state.entropy_cache, ids, new, fast, lines=_resets(config))
         id_rows = _as_rows(ids, new, state)
-        doubts = networks.run(EntropyModel.extend, entropy_model, id_rows, cache=state.entropy_cache, place=place)
-        entropies = entropies_of(doubts)[:, 1:].tolist()
+        entropies = networks.run(_entropies, entropy_model, id_rows, kept=[(state.entropy_cache, place)]).tolist()
     standings = [
         _standings(row.standing, new_ids, doubts, config)
         for row, new_ids, doubts in zip(state.rows, ids, entropies, strict=True)
     ]
-    place = _place(state, state.encoder_cache, ids, new)
-    byte_states = _encode(networks, state, ids, new, place)
-    slots_of_byte = _slots_of_byte(networks, state, standings, byte_states)
+    place = _place(state, state.encoder_cache, ids, new, fast)
+    id_rows, table_rows = _with_table_rows(networks, state, ids, new)
+    encoder, decoder = network.local_encoder, network.local_decoder
+    byte_states = networks.run(LocalEncoder.extend, encoder, id_rows, table_rows, kept=[(state.encoder_cache, place)])
+    slots_of_byte = _slots_of_byte(networks, state, standings, byte_states, fast)
     if not state.decoder_cache.shares_places_with(state.encoder_cache):
-        place = _place(state, state.decoder_cache, ids, new)
-    decoder, cache = network.local_decoder, state.decoder_cache
-    logits = networks.run(LocalDecoder.extend, decoder, byte_states, slots_of_byte, cache=cache, place=place)
+        place = _place(state, state.decoder_cache, ids, new, fast)
+    logits = networks.run(LocalDecoder.extend, decoder, byte_states, slots_of_byte, kept=[(state.decoder_cache, place)])
     return Block([list(row) for row in ids], standings, logits, byte_states, slots_of_byte)
 
 
@@ -238,14 +250,14 @@ def accept(state: State, block: Block, lengths: Sequence[int]) -> Float[Tensor, 
     return block.logits.flatten(0, 1)[last]
 
 
-def draft_place(state: State, drafted: int) -> DraftPlace:
+def draft_place(networks: Networks, state: State, drafted: int) -> DraftPlace:
     """Where the pending id of every row goes and so many drafted ones after it, the last left out: nobody reads it."""
     spans = [Span(row.standing.num_ids, [row.standing.document_start]) for row in state.rows]
     every_row = list(range(len(state.rows)))
-    in_encoder = state.encoder_cache.place(every_row, spans, drafted)
+    in_encoder = state.encoder_cache.place(every_row, spans, drafted, networks.compiled)
     if state.decoder_cache.shares_places_with(state.encoder_cache):
         return in_encoder, in_encoder
-    return in_encoder, state.decoder_cache.place(every_row, spans, drafted)
+    return in_encoder, state.decoder_cache.place(every_row, spans, drafted, networks.compiled)
 
 
 @torch.no_grad()
@@ -258,26 +270,37 @@ def draft_logits(
     was not lengthened since the last call is read for nothing.
     """
     number = max(len(ids) for ids in blocks) - 1
-    in_encoder, in_decoder = (whole.at(number) for whole in place)
-    byte_states = _encode(networks, state, blocks, 1, in_encoder)
-    decoder, cache = networks.network.local_decoder, state.decoder_cache
-    slots = state.newest_slots
-    return networks.run(LocalDecoder.extend, decoder, byte_states, slots, cache=cache, place=in_decoder)[:, 0]
+    caches = (state.encoder_cache, state.decoder_cache)
+    kept = [(cache, whole.at(number)) for cache, whole in zip(caches, place, strict=True)]
+    return networks.run(
+        _draft, networks.network, *_with_table_rows(networks, state, blocks, 1), state.newest_slots, kept=kept
+    )
 
 
-def _encode(
-    networks: Networks, state: State, ids: Sequence[Sequence[int]], new: int, place: Place
-) -> Float[Tensor, "row new byte_dim"]:
-    """States of the last ``new`` ids of each row's block, or of all and some padding where it has fewer."""
+def _draft(
+    network: ByteLatentTransformer,
+    byte_ids: ByteIds,
+    rows: TableRows,
+    slots: LayerSlots,
+    in_encoder: Kept,
+    in_decoder: Kept,
+) -> Float[Tensor, "row vocab"]:
+    """Encoder and decoder alone, for one byte of each row."""
+    byte_states = network.local_encoder.extend(byte_ids, rows, in_encoder)
+    return network.local_decoder.extend(byte_states, slots, in_decoder)[:, 0]
+
+
+def _with_table_rows(
+    networks: Networks, state: State, ids: Sequence[Sequence[int]], new: int
+) -> tuple[ByteIds, TableRows]:
+    """The last ``new`` ids of each row's block, or all and some padding where it has fewer, and what their n-grams select."""
     reach = max(networks.config.hash_embeddings.ngram_bytes)  # ids back, one more than an n-gram needs
     with_past = [
         [*[0] * reach, *row.ids[-reach:], *block][-reach - len(block[-new:]) :]
         for row, block in zip(state.rows, ids, strict=True)
     ]
     id_rows = _as_rows(with_past, reach + new, state)
-    rows = table_rows(id_rows, networks.config.hash_embeddings)[:, reach:]
-    encoder, cache = networks.network.local_encoder, state.encoder_cache
-    return networks.run(LocalEncoder.extend, encoder, id_rows[:, reach:], rows, cache=cache, place=place)
+    return id_rows[:, reach:], table_rows(id_rows, networks.config.hash_embeddings)[:, reach:]
 
 
 def _slots_of_byte(
@@ -285,6 +308,7 @@ def _slots_of_byte(
     state: State,
     standings: list[list[Standing]],
     byte_states: Float[Tensor, "row new byte_dim"],
+    fast: bool,
 ) -> LayerSlots:
     """Close the patches that end in the block, and look up for each new byte the newest patch closed by then."""
     new = byte_states.shape[1]
@@ -295,7 +319,7 @@ def _slots_of_byte(
             return state.newest_slots
         old = torch.arange(len(state.rows), device=byte_states.device).repeat_interleave(new)
         return [(keys[old], values[old]) for keys, values in state.newest_slots]
-    fresh = _close_patches(networks, state, standings, byte_states, closing)
+    fresh = _close_patches(networks, state, standings, byte_states, closing, fast)
     if new == len(state.rows) == 1:
         return fresh
     # rows of the table: the newest patch that each row came with, then the closed ones of each closing row
@@ -319,6 +343,7 @@ def _close_patches(
     standings: list[list[Standing]],
     byte_states: Float[Tensor, "row new byte_dim"],
     closing: list[int],
+    fast: bool,
 ) -> LayerSlots:
     """The slots of the patches that end in the block, of the rows where one does; each row padded to the most of any."""
     pieces: list[Tensor] = []
@@ -339,16 +364,25 @@ def _close_patches(
     network = networks.network
     patch_states = network.local_encoder.gather_patches(torch.cat(pieces), segments, len(patch_bytes))
     most = max(counts)
+    fast = fast and most <= COMPILED_ROWS
+    if fast:  # a few lengths only, as each is compiled
+        most = next(length for length in (1, 2, COMPILED_ROWS) if most <= length)
     padded = pad_sequence(list(patch_states.split(counts)), batch_first=True)
-    place = state.latent_cache.place(closing, spans, most)
-    return networks.run(_slots_of_patches, network, padded, cache=state.latent_cache, place=place)
+    padded = F.pad(padded, (0, 0, 0, most - padded.shape[1]))
+    place = state.latent_cache.place(closing, spans, most, fast)
+    return networks.run(_slots_of_patches, network, padded, kept=[(state.latent_cache, place)])
+
+
+def _entropies(entropy_model: EntropyModel, byte_ids: ByteIds, kept: Kept) -> Float[Tensor, "row new"]:
+    """The entropy of the id after each new one."""
+    return entropies_of(entropy_model.extend(byte_ids, kept))[:, 1:]
 
 
 def _slots_of_patches(
-    network: ByteLatentTransformer, patch_states: Float[Tensor, "row new patch_dim"], cache: KeyValueCache, place: Place
+    network: ByteLatentTransformer, patch_states: Float[Tensor, "row new patch_dim"], kept: Kept
 ) -> LayerSlots:
     """What bytes will read of patches that close, all rows flattened: their latent states, as the decoder's keys and values."""
-    latent_states = network.latent_transformer.extend(patch_states, cache, place)
+    latent_states = network.latent_transformer.extend(patch_states, kept)
     return network.local_decoder.slot_keys_values(latent_states.flatten(0, 1))
 
 
@@ -362,7 +396,9 @@ def _standings(
     return found
 
 
-def _place(state: State, cache: KeyValueCache, ids: Sequence[Sequence[int]], new: int, lines: bool = False) -> Place:
+def _place(
+    state: State, cache: KeyValueCache, ids: Sequence[Sequence[int]], new: int, fast: bool, lines: bool = False
+) -> Place:
     """Where a block of bytes goes in one of the byte caches; with ``lines`` a newline opens a context, too."""
     spans = []
     for row, new_ids in zip(state.rows, ids, strict=True):
@@ -375,7 +411,7 @@ def _place(state: State, cache: KeyValueCache, ids: Sequence[Sequence[int]], new
             if byte_id == EOS:
                 begun = position + 1
         spans.append(Span(row.standing.num_ids, oldest))
-    return cache.place(list(range(len(state.rows))), spans, new)
+    return cache.place(list(range(len(state.rows))), spans, new, fast)
 
 
 def _as_rows(ids: Sequence[Sequence[int]], length: int, state: State) -> Int[Tensor, "row byte"]:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blt.byte_ids import EOS
-from blt.config import ModelConfig
 from blt.incremental import Networks, State, accept, draft_logits, draft_place, extend
 from blt.sampling import NextLogits, Probabilities, draw
 
@@ -48,7 +47,7 @@ def advance(networks: Networks, state: State, drawers: Sequence[Drawer], draft_l
     """Read each row's pending id, and at most so many drafted after it; draw the id after what was read."""
     blocks = [[drawer.pending] for drawer in drawers]
     beliefs = draft(networks, state, drawers, blocks, draft_limits)
-    block = extend(networks, state, blocks)
+    block = extend(networks, state, blocks, _next_power(max(map(len, blocks))) if networks.compiled else 0)
     logits = block.logits.cpu()
     found = [
         verify(drawer, row.ids, ids, believed, row_logits)
@@ -69,7 +68,7 @@ def draft(
     """Lengthen each row's block by drafted ids; the distribution that each of them was drawn from."""
     beliefs: list[list[Probabilities]] = [[] for _ in drawers]
     going_on = [row for row, limit in enumerate(draft_limits) if limit > 0]
-    place = draft_place(state, max(draft_limits)) if going_on else None
+    place = draft_place(networks, state, max(draft_limits)) if going_on else None
     while going_on:
         assert place is not None
         logits = draft_logits(networks, state, blocks, place).cpu()
@@ -103,14 +102,19 @@ def verify(
     return [*ids[1:], drawer.pending]
 
 
-def draft_limit(config: ModelConfig, acceptance: float, most: int) -> int:
+def draft_limit(networks: Networks, acceptance: float, most: int) -> int:
     """How many bytes are worth drafting where each is accepted at this rate: most bytes for the work, counted in layers.
 
+    Compiled networks have the choice between few, as each length of a block is compiled.
+
     >>> from blt.config import read_run_config
-    >>> config = read_run_config("small").model
-    >>> [draft_limit(config, acceptance, 16) for acceptance in (0.2, 0.7, 0.9, 0.99)]
+    >>> networks = Networks(read_run_config("small").model, None, None)
+    >>> [draft_limit(networks, acceptance, 16) for acceptance in (0.2, 0.7, 0.9, 0.99)]
     [0, 2, 5, 16]
+    >>> [draft_limit(networks._replace(compiled=True), acceptance, 16) for acceptance in (0.2, 0.7, 0.9, 0.99)]
+    [0, 1, 7, 15]
     """
+    config = networks.config
     local = config.local_encoder.num_layers + config.local_decoder.num_layers
     entropy_model = config.entropy_model.num_layers if config.entropy_model else 0
     whole = local + config.latent.num_layers + entropy_model
@@ -119,4 +123,16 @@ def draft_limit(config: ModelConfig, acceptance: float, most: int) -> int:
         expected = sum(acceptance**accepted for accepted in range(drafted + 1))
         return expected / (whole + drafted * local)
 
-    return max(range(most + 1), key=bytes_for_work)
+    lengths: Sequence[int] = range(most + 1)
+    if networks.compiled:
+        lengths = [drafted for drafted in lengths if _next_power(drafted + 1) == drafted + 1]
+    return max(lengths, key=bytes_for_work)
+
+
+def _next_power(number: int) -> int:
+    """The power of two from this number on.
+
+    >>> [_next_power(number) for number in (1, 2, 3, 9)]
+    [1, 2, 4, 16]
+    """
+    return 1 << (number - 1).bit_length()

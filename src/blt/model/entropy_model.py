@@ -7,7 +7,7 @@ from torch import nn
 from blt.byte_ids import NEWLINE, VOCAB_SIZE, document_ids
 from blt.config import EntropyModelConfig
 from blt.model.attention import States
-from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer
@@ -29,9 +29,9 @@ class EntropyModel(nn.Module):
         contexts = entropy_contexts(byte_ids, self.config.reset_at_newline)
         return self.predict(self.transformer(self.byte_embedding(byte_ids), contexts))
 
-    def extend(self, byte_ids: ByteIds, cache: KeyValueCache, place: Place) -> EntropyLogits:
+    def extend(self, byte_ids: ByteIds, kept: Kept) -> EntropyLogits:
         """``forward`` for new ids of rows whose earlier ones are in the cache."""
-        states = self.transformer.extend(self.byte_embedding(byte_ids), cache, place)
+        states = self.transformer.extend(self.byte_embedding(byte_ids), kept)
         return self.predict(states)
 
     def predict(self, states: States) -> EntropyLogits:

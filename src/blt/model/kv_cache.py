@@ -59,9 +59,7 @@ class Place:
 class KeyValueCache:
     """Of every layer of one stack, for rows of different lengths."""
 
-    def __init__(
-        self, config: TransformerConfig, rows: int, device: torch.device, dtype: torch.dtype, compiled: bool = False
-    ) -> None:
+    def __init__(self, config: TransformerConfig, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self.window = config.window_positions
         slots = FIRST_SLOTS if self.window is None else self.window + SPARE_SLOTS
         self.keys_values = torch.zeros(
@@ -69,7 +67,6 @@ class KeyValueCache:
         )
         self.theta = config.rope_theta
         self.rotation = rotary_rotation(FIRST_SLOTS, config.head_dim, self.theta, device)
-        self.compiled = compiled
         self._mark_slots()
 
     @property
@@ -82,16 +79,18 @@ class KeyValueCache:
         mine, its = ((cache.window, cache.theta, cache.rotation.shape[1]) for cache in (self, other))
         return self.window is not None and mine == its
 
-    def place(self, rows: list[int], spans: Sequence[Span], new: int) -> Place:
+    def place(self, rows: list[int], spans: Sequence[Span], new: int, compiled: bool = False) -> Place:
         """Where the new positions of these rows go, every span padded at its end to ``new`` positions.
 
-        A row whose block is padded goes on from its own length next time; the padding is overwritten unread.
+        A row whose block is padded goes on from its own length next time; the padding is overwritten unread. With
+        ``compiled`` the compiler works the block out if it can: it takes one row, and every ``new`` costs it seconds once.
         """
         last = [span.first + new - 1 for span in spans]
         self._make_room(max(last) + 1)
-        compiled = self.compiled and new == 1 == len(rows) == self.keys_values.shape[2]
-        beside = compiled or (self.window is not None and new > SPARE_SLOTS)
-        assert not beside or all(len(span.oldest) == new for span in spans), "a long block cannot be padded"
+        too_long = self.window is not None and new > SPARE_SLOTS
+        assert not too_long or all(len(span.oldest) == new for span in spans), "a long block cannot be padded"
+        compiled = compiled and not too_long and len(rows) == 1 == self.keys_values.shape[2]
+        beside = compiled or too_long
         reach = (self.window or max(last) + 1) - 1
         numbers = [list(range(span.first, span.first + new)) for span in spans]
         first_read = [
@@ -128,9 +127,9 @@ class KeyValueCache:
         """Write the block's keys and values of this layer, and read what each of its queries may."""
         if place.compiled:
             place.fresh.append(torch.stack([keys[0], values[0]]))
-            return _read_in_loops(self.keys_values[layer], queries, keys, values, place)
+            return _read_beside(self.keys_values[layer], queries, keys, values, place)
         if place.beside:
-            return self._read_beside(layer, queries, keys, values, place)
+            return self._read_then_write(layer, queries, keys, values, place)
         kept_keys, kept_values = self.keys_values[layer]
         slots = place.positions % self.slots
         _write(kept_keys, keys, place.rows, slots)
@@ -151,7 +150,9 @@ class KeyValueCache:
         """What a compiled stage has collected: keys and values of every layer, of the one row that there is."""
         self.keys_values[:, :, 0].index_copy_(3, place.positions[0] % self.slots, fresh)
 
-    def _read_beside(self, layer: int, queries: NewHeads, keys: NewHeads, values: NewHeads, place: Place) -> NewHeads:
+    def _read_then_write(
+        self, layer: int, queries: NewHeads, keys: NewHeads, values: NewHeads, place: Place
+    ) -> NewHeads:
         """For a long block: read first, then write what its end leaves in the ring."""
         kept = [part[place.rows, :, : place.keys_used] for part in self.keys_values[layer]]
         all_keys, all_values = (torch.cat(pair, dim=2) for pair in zip(kept, (keys, values), strict=True))
@@ -185,23 +186,35 @@ class KeyValueCache:
             self._mark_slots()
 
     def _mark_slots(self) -> None:
-        if self.compiled and self.window is None:  # one compiled function for every number of slots
+        if self.window is None:  # one compiled function for every number of slots
             torch._dynamo.maybe_mark_dynamic(self.keys_values, 4)
 
 
-def _read_in_loops(
+Kept = tuple[KeyValueCache, Place]  # what a stage's step reads of the past, and where its own positions go
+
+
+def _read_beside(
     kept: Float[Tensor, "2 1 head slot head_dim"], queries: NewHeads, keys: NewHeads, values: NewHeads, place: Place
 ) -> NewHeads:
-    """Attention of one position to what the cache holds and to itself, in operations that the compiler makes one loop of."""
+    """One row's attention to what the cache holds and to the block itself, in operations that the compiler makes loops of."""
     assert place.allowed is not None
-    kept_keys, kept_values = kept[:, 0]
-    query = queries[0].float() * queries.shape[-1] ** -0.5  # [head, 1, head_dim]
-    scores = (kept_keys * query).sum(-1) + place.allowed[0, :, 0, :-1]
-    own = (keys[0] * query).sum(-1)
-    largest = torch.maximum(scores.amax(-1, keepdim=True), own)
-    weights, own_weight = (scores - largest).exp(), (own - largest).exp()
-    mixed = torch.bmm(weights[:, None].to(kept.dtype), kept_values) + own_weight[..., None] * values[0]
-    return (mixed / (weights.sum(-1, keepdim=True) + own_weight)[..., None]).to(queries.dtype)[None]
+    (kept_keys, kept_values), keys, values = kept[:, 0], keys[0], values[0]
+    slots, queries = kept_keys.shape[1], queries[0] * queries.shape[-1] ** -0.5  # [head, new, head_dim]
+    scores = _products(queries, kept_keys) + place.allowed[0, :, :, :slots]
+    own_scores = _products(queries, keys) + place.allowed[0, :, :, slots:]
+    largest = torch.maximum(scores.amax(-1, keepdim=True), own_scores.amax(-1, keepdim=True))
+    weights, own_weights = (scores - largest).exp(), (own_scores - largest).exp()
+    total = weights.sum(-1, keepdim=True) + own_weights.sum(-1, keepdim=True)
+    mixed = torch.bmm(weights.to(kept.dtype), kept_values) + torch.bmm(own_weights.to(kept.dtype), values)
+    return (mixed / total).to(queries.dtype)[None]
+
+
+def _products(
+    queries: Float[Tensor, "head new head_dim"], keys: Float[Tensor, "head key head_dim"]
+) -> Float[Tensor, "head new key"]:
+    if queries.shape[1] == 1:  # one loop over the keys, with all that follows
+        return (keys.float() * queries.float()).sum(-1)[:, None]
+    return torch.bmm(queries, keys.mT).float()
 
 
 def _write(kept: KeptLayer, new: NewHeads, rows: Int[Tensor, " row"], slots: Int[Tensor, "row new"]) -> None:

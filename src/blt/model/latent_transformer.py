@@ -5,7 +5,7 @@ from torch import nn
 
 from blt.byte_ids import EOS
 from blt.config import TransformerConfig
-from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.transformer import Transformer
 from blt.shapes import ByteIds, DocumentIds, LatentStates, PatchIds, PatchStates
@@ -23,9 +23,9 @@ class LatentTransformer(nn.Module):
     def forward(self, patch_states: PatchStates, documents: DocumentIds) -> LatentStates:
         return self.transformer(self.input_proj(patch_states), documents)
 
-    def extend(self, patch_states: PatchStates, cache: KeyValueCache, place: Place) -> LatentStates:
+    def extend(self, patch_states: PatchStates, kept: Kept) -> LatentStates:
         """``forward`` for newly closed patches."""
-        return self.transformer.extend(self.input_proj(patch_states), cache, place)
+        return self.transformer.extend(self.input_proj(patch_states), kept)
 
 
 def patch_documents(byte_ids: ByteIds, patch_ids: PatchIds) -> DocumentIds:

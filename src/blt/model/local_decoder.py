@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import TransformerConfig
 from blt.model.attention import DecoderCrossAttention
-from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.patching import flat_index
@@ -48,11 +48,11 @@ class LocalDecoder(nn.Module):
             byte_states = block(self.crosses[layer].read_patches(byte_states, keys, values), rotation, allowed)
         return self.predict(byte_states)
 
-    def extend(self, byte_states: ByteStates, slots_of_byte: LayerSlots, cache: KeyValueCache, place: Place) -> Logits:
+    def extend(self, byte_states: ByteStates, slots_of_byte: LayerSlots, kept: Kept) -> Logits:
         """``forward`` for new bytes; each comes with the slots of its own newest closed patch, all rows flattened."""
         for layer, block in enumerate(self.transformer.blocks):
             byte_states = self.crosses[layer].read_patches(byte_states, *slots_of_byte[layer])
-            byte_states = block.extend(byte_states, cache, layer, place)
+            byte_states = block.extend(byte_states, layer, kept)
         return self.predict(byte_states)
 
     def slot_keys_values(self, latent_states: Float[Tensor, "patch latent_dim"]) -> LayerSlots:

@@ -7,7 +7,7 @@ from blt.byte_ids import VOCAB_SIZE
 from blt.config import HashEmbeddingsConfig, TransformerConfig
 from blt.model.attention import EncoderCrossAttention
 from blt.model.hash_embeddings import HashEmbeddings, TableRows
-from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.patching import flat_index
 from blt.model.transformer import Transformer
@@ -38,10 +38,10 @@ class LocalEncoder(nn.Module):
         patch_states = self.gather_patches(byte_states.flatten(0, 1), segments, batch * num_patches)
         return byte_states, patch_states.unflatten(0, (batch, num_patches))
 
-    def extend(self, byte_ids: ByteIds, rows: TableRows, cache: KeyValueCache, place: Place) -> ByteStates:
+    def extend(self, byte_ids: ByteIds, rows: TableRows, kept: Kept) -> ByteStates:
         """States of new bytes of rows whose earlier ones are in the cache; ``rows``: what their n-grams select."""
         embedded = self.byte_embedding(byte_ids) + self.hash_embeddings.look_up(rows)
-        return self.transformer.extend(embedded, cache, place)
+        return self.transformer.extend(embedded, kept)
 
     def gather_patches(
         self, byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int

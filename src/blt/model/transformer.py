@@ -8,7 +8,7 @@ from torch import nn
 
 from blt.config import TransformerConfig
 from blt.model.attention import SelfAttention, States, may_attend
-from blt.model.kv_cache import KeyValueCache, Place
+from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.rotary import Heads, rotary_rotation
@@ -44,8 +44,9 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
         return self.after_attention(states, mixed)
 
-    def extend(self, states: States, cache: KeyValueCache, layer: int, place: Place) -> States:
+    def extend(self, states: States, layer: int, kept: Kept) -> States:
         """``forward`` for new positions of rows whose earlier ones are in the cache."""
+        cache, place = kept
         queries, keys, values = self.before_attention(states, place.rotation)
         return self.after_attention(states, cache.attend(layer, queries, keys, values, place))
 
@@ -73,10 +74,10 @@ class Transformer(nn.Module):
             states = block(states, rotation, allowed)
         return states
 
-    def extend(self, states: States, cache: KeyValueCache, place: Place) -> States:
+    def extend(self, states: States, kept: Kept) -> States:
         """``forward`` for new positions of rows whose earlier ones are in the cache."""
         for layer, block in enumerate(self.blocks):
-            states = block.extend(states, cache, layer, place)
+            states = block.extend(states, layer, kept)
         return states
 
     @property
