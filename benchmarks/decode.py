@@ -21,7 +21,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,12 @@ HUGGINGFACE_STRETCHES = 2
 COLUMNS = {
     **{"model": "model", "context": "context", "batch": "rows", "mode": "mode", "speculate": "k"},
     **{"temperature": "temperature", "ours_bytes_per_second": "bytes/s", "hf_ratio": "x HF BLT"},
-    **{"llama_ratio": "x Llama", "bandwidth_fraction": "of bandwidth", "speculation_ratio": "x plain"},
+    **{
+        "llama_ratio": "x Llama",
+        "bandwidth_fraction": "of bandwidth",
+        "speculation_ratio": "x plain",
+        "int8_ratio": "x fp32",
+    },
     **{"acceptance": "accepted", "bytes_per_latent_call": "bytes/latent call", "ours_peak_bytes": "peak memory"},
 }
 
@@ -144,8 +150,11 @@ Contest = dict[Case, dict[str, Contestant]]
 
 
 def contest(networks: "Networks", plan: Plan) -> tuple[Contest, float, list[float]]:
-    """All sides in all cases, after their turns; the seconds of the first compiled steps; bytes per second that memory was read at in each turn."""
+    """All sides in all cases, after their turns; the seconds of the first compiled steps; of each turn the bytes per second
+    that memory was read at."""
     from decode_sides import HuggingFaceBlt, Llama, Ours, random_prompt
+
+    from blt.model.linear import round_to_int8
 
     theirs = importlib.util.find_spec("transformers") is not None
     if theirs:
@@ -157,12 +166,15 @@ def contest(networks: "Networks", plan: Plan) -> tuple[Contest, float, list[floa
         say("transformers is not installed, so ours runs alone: pip install 'blt-lm[dev]'")
     entered: Contest = {}
     compile_seconds = 0.0
+    rounded_networks = networks._replace(network=deepcopy(networks.network), compiled=True)
+    round_to_int8(rounded_networks.network)
     for (context, rows), huggingface_bytes in zip(plan.cases, plan.huggingface_bytes, strict=True):
         sides: dict[str, Any] = {"eager": Ours(networks, temperature=1.0)}
         if rows == 1:
             fastest = networks._replace(compiled=plan.compiled)
             if plan.compiled:
                 sides["compiled"] = Ours(fastest, temperature=1.0)
+                sides["int8"] = Ours(rounded_networks, temperature=1.0)
             sides |= {f"speculative {k}": Ours(fastest, temperature=1.0, speculate=k) for k in plan.drafts}
         if theirs:
             sides["llama"] = Llama(llama_model)
@@ -196,7 +208,9 @@ def rows_of(model: str, case: Case, found: dict[str, Contestant], bandwidths: Se
     plain = modes[-1]
     drafting = [contestant for name, contestant in found.items() if name.startswith("speculative")]
     rows = []
-    for ours in [*modes, *sorted(drafting, key=lambda one: one.bytes_per_second)[-1:]]:
+    others = [found["int8"]] if "int8" in found else []
+    others += sorted(drafting, key=lambda one: one.bytes_per_second)[-1:]
+    for ours in [*modes, *others]:
         row = {"model": model, "context": case[0], "batch": case[1], **figures(ours)}
         for name in ("hf", "llama"):
             if name in found:
@@ -212,7 +226,9 @@ def rows_of(model: str, case: Case, found: dict[str, Contestant], bandwidths: Se
             ]
             row |= {"read_per_byte": per_byte, "bandwidth_fraction": statistics.median(fractions)}
         else:
-            row["speculation_ratio"] = ours.bytes_per_second / plain.bytes_per_second
+            row["int8_ratio" if ours.name == "int8" else "speculation_ratio"] = (
+                ours.bytes_per_second / plain.bytes_per_second
+            )
         rows.append(row)
     return rows
 
@@ -221,6 +237,7 @@ def figures(ours: Contestant) -> Row:
     """What is said of ours whatever it is compared with."""
     networks, speculate = ours.side.networks, ours.side.speculate
     mode = "speculative" if speculate else "compiled" if networks.compiled else "eager"
+    mode = "int8" if ours.name == "int8" else mode
     row: Row = {
         "mode": mode,
         "compiled": networks.compiled,
@@ -346,25 +363,27 @@ def measure(size: str, plan: Plan, run: Path, data: str, command: str) -> dict[s
 
     from blt.flops import parameter_counts
 
-    machine = facts()
-    say("weights are drawn and the threshold is calibrated")
-    networks = random_networks(shape(size))
-    entered, compile_seconds, bandwidths = contest(networks, plan)
-    rows = [row for case, found in entered.items() for row in rows_of(size, case, found, bandwidths)]
-    summary: dict[str, Any] = {"parameters": parameter_counts(networks.config)["total"], **cost_ratios(entered)}
-    del entered
-    if plan.compiled:
-        summary["compile_seconds"] = compile_seconds
-    if plan.long_bytes:
-        row, costs = measure_long(size, networks, plan)
-        rows.append(row)
-        summary["long_ms_per_byte_of_each_tenth"] = [round(cost, 3) for cost in costs]
+    machine, rows = facts(), []
+    summary: dict[str, Any] = {}
+    if plan.cases:
+        say("weights are drawn and the threshold is calibrated")
+        networks = random_networks(shape(size))
+        entered, compile_seconds, bandwidths = contest(networks, plan)
+        rows += [row for case, found in entered.items() for row in rows_of(size, case, found, bandwidths)]
+        summary |= {"parameters": parameter_counts(networks.config)["total"], **cost_ratios(entered)}
+        del entered
+        if plan.compiled:
+            summary["compile_seconds"] = compile_seconds
+        machine["read_gb_per_second"] = round(statistics.median(bandwidths) / 1e9, 1)
+        machine["read_gb_per_second_of_each_turn"] = [round(bandwidth / 1e9, 1) for bandwidth in bandwidths]
+        if plan.long_bytes:
+            row, costs = measure_long(size, networks, plan)
+            rows.append(row)
+            summary["long_ms_per_byte_of_each_tenth"] = [round(cost, 3) for cost in costs]
     if run.exists():
         rows += measure_trained(run, data, plan)
     else:
         say(f"no trained model at {run}, so nothing is said of one: run make demo, or give --model RUN")
-    machine["read_gb_per_second"] = round(statistics.median(bandwidths) / 1e9, 1)
-    machine["read_gb_per_second_of_each_turn"] = [round(bandwidth / 1e9, 1) for bandwidth in bandwidths]
     machine["load_at_end"] = round(os.getloadavg()[0], 2)
     summary["seconds"] = round(time.perf_counter() - BEGIN)
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": rounded(summary)}
@@ -388,10 +407,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
     parser.add_argument("--model", type=Path, metavar="RUN", default=Path("runs/demo"), help="trained (%(default)s)")
+    parser.add_argument("--trained-only", action="store_true", help="nothing with random weights")
     parser.add_argument("--data", metavar="PATH", default="stdlib", help="text for the trained model (%(default)s)")
     parser.add_argument("--size", choices=("110m", "tiny"), default="110m", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     plan = TINY if options.size == "tiny" else QUICK if options.quick else FULL
+    if options.trained_only:
+        plan = replace(plan, cases=(), huggingface_bytes=(), long_bytes=0)
     command = " ".join(["python benchmarks/decode.py", *given])
     try:
         result = measure(options.size, plan, options.model, options.data, command)

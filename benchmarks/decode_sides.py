@@ -245,7 +245,7 @@ def matrices_read(networks: Networks) -> tuple[int, int]:
 
 
 def _weight_bytes(module: nn.Module) -> int:
-    return sum(weight.nbytes for weight in module.parameters())
+    return sum(weight.nbytes for weight in module.state_dict().values())
 
 
 def _keys_values_bytes(config: TransformerConfig, position: float) -> float:

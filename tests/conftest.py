@@ -21,7 +21,7 @@ import pytest
 
 _WITH_TENSORS = (
     *("byte_ids", "corpus", "evaluate", "generate", "huggingface_generate", "incremental"),
-    *("language_model", "model", "optimise", "train"),
+    *("language_model", "model", "optimise", "sampling", "speculate", "train"),
 )
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no property
 hypothesis.settings.load_profile("unhurried")

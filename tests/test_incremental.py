@@ -436,14 +436,18 @@ from test_incremental import Networks, assert_close, draw_case, prefill, step, w
 from tiny import SHAPE, random_models
 from blt.config import TransformerConfig
 from blt.generate import Batch, GenerationStats, Request, stream
+from blt.model.linear import round_to_int8
 
 stack = TransformerConfig(num_layers=1, **SHAPE)
 local = stack.model_copy(update={"window_positions": 9})
 changes = {"local_encoder": local, "latent": stack, "local_decoder": local, "slots_per_patch": 1}
 case = draw_case("entropy", 0, [300], **changes)
-row, config = case.rows[0], case.networks.config
-for weights in (0, 7):  # the second networks are compiled already, and still are themselves
+row, config, done = case.rows[0], case.networks.config, []
+for weights in (0, 7, 7):  # the second networks are compiled already, and still are themselves
     networks = Networks(config, *random_models(config, weights), compiled=True)
+    if weights in done:  # once more, in 8 bits
+        round_to_int8(networks.network)
+    done.append(weights)
     _, starts, logits = whole_pass(networks, row)
     state, _ = prefill(networks, row[:20])
     for t in range(20, 300):

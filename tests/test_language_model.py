@@ -158,3 +158,17 @@ def test_a_stock_training_loop_can_use_the_network() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_int8_rounds_the_network_alone_and_is_not_saved(tmp_path: Path) -> None:
+    lm = tiny_model()
+    lm.save(tmp_path)
+    rounded = blt.load(tmp_path, device="cpu", dtype="int8")
+    ids = lm.encode("some text")
+    assert torch.equal(lm.patch_starts(ids), rounded.patch_starts(ids))
+    logits, of_rounded = lm.network(ids, lm.patch_starts(ids)), rounded.network(ids, rounded.patch_starts(ids))
+    assert 0 < (logits - of_rounded).abs().max() < 0.05 * logits.abs().max()
+    assert len(rounded.generate("some text", max_bytes=20)) == 20
+    with pytest.raises(ValueError, match="load it without dtype='int8'"):
+        rounded.save(tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -42,8 +42,8 @@ class Options(Output):
 
     device: str = "auto"
     "auto, cpu, cuda or mps."
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    "Of weights, or in training of matrix products. auto: bfloat16 on CUDA, measured in training; resuming keeps it."
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    "Of weights (int8: rounded, to generate), or of products in training. auto: bfloat16 on CUDA, measured in training."
     seed: int | None = None
     "Of everything that is drawn at random; default: the config's, else 0."
 

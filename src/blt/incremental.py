@@ -46,18 +46,21 @@ class Networks(NamedTuple):
         """A stage's step on what is kept for it, compiled where the place of its block says so."""
         if not kept[0][1].compiled:
             return step(*arguments, *kept)
-        result, fresh = _compiled(step, self.config)(arguments, kept)
+        weights = self.network.local_decoder.head.weight.dtype
+        result, fresh = _compiled(step, self.config, weights)(arguments, kept)
         for (cache, place), keys_values in zip(kept, fresh, strict=True):
             cache.write(keys_values, place)
         return result
 
 
 @functools.cache
-def _compiled(step: Callable[..., T], config: ModelConfig) -> Callable[..., tuple[T, list[Tensor]]]:
-    """A stage's step compiled by torch for networks of this config, which takes seconds when it is first called.
+def _compiled(
+    step: Callable[..., T], config: ModelConfig, weights: torch.dtype
+) -> Callable[..., tuple[T, list[Tensor]]]:
+    """A stage's step compiled by torch for networks of this config and kind of weights; its first call takes seconds.
 
     It leaves the caches as they are, and gives back what is to be written there. Nothing about the network is checked again
-    at each call, which is why every config gets a compilation of its own.
+    at each call, which is why each of them gets a compilation of its own.
     """
 
     def beside(arguments: tuple[Any, ...], kept: Sequence[Kept]) -> tuple[T, list[Tensor]]:
@@ -162,7 +165,7 @@ class Block:
 def start(networks: Networks, rows: int = 1) -> State:
     """The state before any id, of so many rows."""
     config, entropy_model, network, _ = networks
-    weight = network.local_decoder.head.weight
+    weight = network.local_encoder.byte_embedding.weight
     device, dtype, decoder = weight.device, weight.dtype, config.local_decoder
     entropy_cache = None
     if config.patching.uses_entropies:

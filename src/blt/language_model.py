@@ -15,6 +15,7 @@ from blt.huggingface import load_model, save_model
 from blt.incremental import Networks
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
+from blt.model.linear import Int8Linear, round_to_int8
 from blt.model.patching import patch_starts
 from blt.sampling import Sampling
 from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
@@ -148,7 +149,9 @@ class LanguageModel:
         return stream(Batch(self._networks(compiled), speculate, stats), request)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face's ``blt`` format."""
+        """Write the model in Hugging Face's ``blt`` format. Raises ValueError for one that was loaded in int8."""
+        if any(isinstance(part, Int8Linear) for part in self.network.modules()):
+            raise ValueError("the weights of this model are rounded to int8; load it without dtype='int8' to save it")
         save_model(Path(folder), self.config, self.entropy_model, self.network)
 
     def _request(
@@ -178,11 +181,17 @@ class LanguageModel:
 def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
     """A model from a run folder, a folder in Hugging Face's ``blt`` format, or a hub id such as ``itazap/blt-1b-hf``.
 
+    ``dtype``: auto (bf16 on a GPU, fp32 elsewhere), float32, bfloat16, or int8, which rounds the network's matrices and makes
+    compiled generation on a CPU faster. The entropy model stays in fp32, so the patches are the same in all of them.
+
     An existing path is never looked up on the hub. Raises FileNotFoundError or ValueError that says what to do.
     """
     target = pick_device(device)
-    loaded = load_model(model_folder(model), pick_dtype(dtype, target))
-    return LanguageModel(*loaded).to(target)
+    loaded = load_model(model_folder(model), pick_dtype("auto" if dtype == "int8" else dtype, target))
+    found = LanguageModel(*loaded).to(target)
+    if dtype == "int8":
+        round_to_int8(found.network)
+    return found
 
 
 def model_folder(model: str | Path) -> Path:
