@@ -112,7 +112,7 @@ def draft_limit(networks: Networks, acceptance: float, most: int) -> int:
     >>> [draft_limit(networks, acceptance, 16) for acceptance in (0.2, 0.7, 0.9, 0.99)]
     [0, 2, 5, 16]
     >>> [draft_limit(networks._replace(compiled=True), acceptance, 16) for acceptance in (0.2, 0.7, 0.9, 0.99)]
-    [0, 1, 7, 15]
+    [0, 1, 3, 15]
     """
     config = networks.config
     local = config.local_encoder.num_layers + config.local_decoder.num_layers
