@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,3 +148,11 @@ def tiny_training(tiny_toml: Path) -> Training:
 def trained_run(tiny_training: Training, tmp_path: Path) -> Path:
     """A copy of the tiny run, to do anything with."""
     return Path(shutil.copytree(tiny_training.run, tmp_path / "run"))
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """For tests that count bytes in thousands; others check the shapes of all that is called."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

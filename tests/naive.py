@@ -10,12 +10,17 @@ from torch import Tensor
 
 from blt.byte_ids import EOS, decode, encode
 from blt.config import EntropyModelConfig, HashEmbeddingsConfig, PatchingConfig, TransformerConfig
+from blt.incremental import Networks
 from blt.language_model import LanguageModel
 from blt.sampling import NEVER_EMITTED, Sampling, next_probabilities
 
 RULES = ("entropy", "entropy_rise", "space", "fixed")
 # How far a decision has to be from its alternative: rounding in another order of sums reaches less than a tenth of these.
 LOGITS_APART, NATS_APART, LEVEL_APART = 1e-4, 1e-5, 5e-6
+
+
+def networks_of(lm: LanguageModel) -> Networks:
+    return Networks(lm.config, lm.entropy_model, lm.network)
 
 
 def language_model(rule: str, seed: int, confidence: float = 1.0, **changes: Any) -> LanguageModel:

@@ -3,14 +3,12 @@
 import math
 import random
 import time
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import RULES, continuations, language_model, random_prompts
+from naive import RULES, continuations, language_model, networks_of, random_prompts
 from tiny import SHAPE
 
 from blt.byte_ids import BOS, BYTE_OFFSET, EOS, encode, incomplete_suffix_length, utf8_allowed_next
@@ -195,18 +193,6 @@ def test_sampling_options_out_of_range_are_refused(options: dict[str, float], me
 
 
 # cached generation against forwards over everything
-
-
-@pytest.fixture
-def without_shape_checks() -> Iterator[None]:
-    """Where bytes are counted in thousands; other tests check the shapes of all that is called."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def networks_of(lm: LanguageModel) -> Networks:
-    return Networks(lm.config, lm.entropy_model, lm.network)
 
 
 @pytest.mark.usefixtures("without_shape_checks")

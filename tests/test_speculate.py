@@ -1,13 +1,12 @@
 """Speculation saves passes and changes nothing else: greedy bytes stay the same, drawn ones are distributed the same."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 
-import jaxtyping
 import pytest
 import torch
-from naive import RULES, continuations, language_model, next_logits, random_prompts
+from naive import RULES, continuations, language_model, networks_of, next_logits, random_prompts
 from torch import Tensor
 
 from blt.byte_ids import BYTE_OFFSET, EOS, encode, incomplete_suffix_length
@@ -28,16 +27,7 @@ UNUSUAL, IMPOSSIBLE = 1e-3, 1e-9  # p-values; seeds are fixed, so what passes on
 Sequences = Counter[tuple[int, ...]]
 
 
-@pytest.fixture(autouse=True)
-def without_shape_checks() -> Iterator[None]:
-    """Bytes are counted in tens of thousands here; elsewhere the shapes of all that is called are checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def networks_of(lm: LanguageModel) -> Networks:
-    return Networks(lm.config, lm.entropy_model, lm.network)
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 
 def decided_prompts(lm: LanguageModel, seed: int, count: int = 4) -> list[bytes]:

@@ -264,6 +264,8 @@ def generate(
     data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt
     if len(data) > 20_000 and not options.quiet:
         print(f"reading a prompt of {len(data):,} bytes", file=sys.stderr)
+    if compile_ and not options.quiet:
+        print("compiling: a minute or two the first time, seconds from then on", file=sys.stderr)
     written, costs, started = bytearray(), GenerationStats(), time.perf_counter()
     sampling: dict[str, Any] = {
         "temperature": temperature,
