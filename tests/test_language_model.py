@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 import blt
 from blt.config import EntropyModelConfig, HashEmbeddingsConfig, ModelConfig, PatchingConfig, TransformerConfig
@@ -172,3 +173,12 @@ def test_int8_rounds_the_network_alone_and_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="load it without dtype='int8'"):
         rounded.save(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_compiled_steps_without_a_compiler_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", nowhere)
+    with pytest.raises(ValueError, match=r"install one \(apt install g\+\+\)"):
+        tiny_model().generate("some text", max_bytes=2, compiled=True)

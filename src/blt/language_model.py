@@ -169,6 +169,17 @@ class LanguageModel:
         return Request(prompt_ids, max_bytes, Sampling(**sampling), seed, stop_words)
 
     def _networks(self, compiled: bool) -> Networks:
+        if compiled and self.device.type == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            from torch._inductor.exc import InvalidCxxCompiler
+
+            try:
+                get_cpp_compiler()
+            except InvalidCxxCompiler as error:
+                raise ValueError(
+                    "torch finds no C++ compiler, which compiled steps need; install one (apt install g++) or name it in CXX, "
+                    "or leave compiled steps (--compile) out"
+                ) from error
         return Networks(self.config, self.entropy_model, self.network, compiled)
 
     def _check_length(self, ids: ByteIds) -> None:
