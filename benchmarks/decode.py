@@ -166,8 +166,9 @@ def contest(networks: "Networks", plan: Plan) -> tuple[Contest, float, list[floa
         say("transformers is not installed, so ours runs alone: pip install 'blt-lm[dev]'")
     entered: Contest = {}
     compile_seconds = 0.0
-    rounded_networks = networks._replace(network=deepcopy(networks.network), compiled=True)
-    round_to_int8(rounded_networks.network)
+    if plan.compiled:
+        rounded_networks = networks._replace(network=deepcopy(networks.network), compiled=True)
+        round_to_int8(rounded_networks.network)
     for (context, rows), huggingface_bytes in zip(plan.cases, plan.huggingface_bytes, strict=True):
         sides: dict[str, Any] = {"eager": Ours(networks, temperature=1.0)}
         if rows == 1:

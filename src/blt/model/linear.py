@@ -57,8 +57,8 @@ def _few_products(
 ) -> Float[Tensor, "*axes outputs"]:
     """The product as a loop of the compiler's, which reads each weight once for all rows.
 
-    The time goes into reading the weights. BLAS libraries read them at a third of what the memory can do, this at nine
-    tenths (docs/log.md).
+    The time goes into reading the weights. The BLAS library read them at less than half of what the memory gave, this at
+    three quarters and more of it for one row of a large matrix (docs/log.md).
     """
     weight = weight.float() if weight.dtype == torch.int8 else weight
     products = torch.stack([(weight * row).float().sum(-1) for row in x.flatten(0, -2)])
