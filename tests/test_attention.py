@@ -4,16 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import randomise
 from torch import Tensor
 
-from blt.config import TransformerConfig
-from blt.model.attention import CrossAttention, DecoderCrossAttention, EncoderCrossAttention, may_attend
+from blt.model.attention import CrossAttention, DecoderCrossAttention, EncoderCrossAttention
 from blt.model.patching import flat_index
 from blt.model.rotary import rotary_rotation, rotate
-from blt.model.transformer import Block
 
 WIDTH, NUM_HEADS, NUM_BYTES, NUM_PATCHES = 12, 3, 7, 5
 CPU = torch.device("cpu")
@@ -153,32 +149,3 @@ def test_rotated_scores_depend_on_the_distance_only() -> None:
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=0)
     assert scores.diagonal(3)[0] != pytest.approx(scores.diagonal(4)[0].item(), abs=1e-3)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    documents=st.lists(st.lists(st.integers(0, 1), min_size=6, max_size=6), min_size=1, max_size=3),
-    window=st.none() | st.integers(1, 8),
-)
-def test_a_position_may_attend_within_its_document_and_window_and_not_ahead(
-    documents: list[list[int]], window: int | None
-) -> None:
-    rows = torch.tensor(documents).cumsum(1)
-    expected = [
-        [[s <= t and (window is None or t - s < window) and row[s] == row[t] for s in range(6)] for t in range(6)]
-        for row in rows.tolist()
-    ]
-    allowed = may_attend(rows, window)
-    if allowed is None:  # plain causal attention
-        assert expected == [[[s <= t for s in range(6)] for t in range(6)]] * len(rows)
-    else:
-        assert allowed.tolist() == expected
-
-
-def test_a_block_without_a_mask_is_causal() -> None:
-    block = Block(TransformerConfig(num_layers=1, width=WIDTH, num_heads=NUM_HEADS, ffn_width=16))
-    randomise(block, seed=0)
-    states = random_states(2, NUM_BYTES, WIDTH, seed=1)
-    rotation = rotary_rotation(NUM_BYTES, WIDTH // NUM_HEADS, 10_000.0, CPU)
-    causal = torch.ones(NUM_BYTES, NUM_BYTES, dtype=torch.bool).tril().expand(2, -1, -1)
-    torch.testing.assert_close(block(states, rotation, None), block(states, rotation, causal), atol=1e-6, rtol=0)

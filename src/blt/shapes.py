@@ -34,5 +34,5 @@ LatentStates = Float[Tensor, "batch patch latent_dim"]
 Logits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
 
 # attention
-MayAttend = Bool[Tensor, "batch query key"]  # True: the query position may read the key position
+OldestRead = Int[Tensor, "batch position"]  # the first position that each position may read
 Rotation = Float[Tensor, "*row position half_head_dim 2"]  # cosine and sine of the rotary angles, fp32

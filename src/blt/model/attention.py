@@ -1,4 +1,4 @@
-"""Self-attention over positions, and cross-attention between bytes and the patches that hold them (3.2.2, 3.3.1).
+"""Layers: self-attention over positions, cross-attention between bytes and the patches that hold them (3.2.2, 3.3.1).
 
 Cross-attention computes exactly what it must: a patch's slots meet that patch's bytes only, and a byte meets the slots
 of one patch only, so no bytes x patches matrix ever exists.
@@ -11,29 +11,9 @@ from torch import Tensor, nn
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.rotary import Heads, rotate
-from blt.shapes import DocumentIds, MayAttend, Rotation, Segments
+from blt.shapes import Rotation, Segments
 
 States = Float[Tensor, "batch position width"]
-
-
-def may_attend(documents: DocumentIds, window_positions: int | None) -> MayAttend | None:
-    """Which keys each query may read: of its own document, not after it, at most ``window_positions`` with itself.
-
-    None where that is plain causal attention, for which there are faster kernels.
-
-    >>> may_attend(torch.tensor([[0, 0, 0, 1]]), 2).int().tolist()
-    [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]]
-    """
-    num_positions = documents.shape[1]
-    one_document = bool((documents[:, -1:] == documents[:, :1]).all())
-    if one_document and (window_positions is None or window_positions >= num_positions):
-        return None
-    index = torch.arange(num_positions, device=documents.device)
-    distance = index[:, None] - index[None, :]
-    near = distance >= 0
-    if window_positions is not None:
-        near &= distance < window_positions
-    return near & (documents[:, :, None] == documents[:, None, :])
 
 
 class SelfAttention(nn.Module):

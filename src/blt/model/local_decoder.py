@@ -42,10 +42,10 @@ class LocalDecoder(nn.Module):
     ) -> Logits:
         slots = self.slot_keys_values(latent_states.flatten(0, 1))
         patch_of_byte = flat_index(newest_closed, latent_states.shape[1])
-        rotation, allowed = self.transformer.rotation_and_mask(documents)
+        rotation, reach = self.transformer.rotation_and_reach(documents)
         for layer, block in enumerate(self.transformer.blocks):
             keys, values = (part.index_select(0, patch_of_byte) for part in slots[layer])
-            byte_states = block(self.crosses[layer].read_patches(byte_states, keys, values), rotation, allowed)
+            byte_states = block(self.crosses[layer].read_patches(byte_states, keys, values), rotation, reach)
         return self.predict(byte_states)
 
     def extend(self, byte_states: ByteStates, slots_of_byte: LayerSlots, kept: Kept) -> Logits:

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from blt.config import TransformerConfig
-from blt.model.attention import SelfAttention, States, may_attend
+from blt.model.attention import SelfAttention, States
+from blt.model.causal_attention import Reach, attend, positions_in_reach
 from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.rotary import Heads, rotary_rotation
-from blt.shapes import DocumentIds, MayAttend, Rotation
+from blt.shapes import DocumentIds, Rotation
 
 
 class SwiGLU(nn.Module):
@@ -38,11 +39,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = SwiGLU(config.width, config.ffn_width)
 
-    def forward(self, states: States, rotation: Rotation, allowed: MayAttend | None) -> States:
+    def forward(self, states: States, rotation: Rotation, reach: Reach) -> States:
         queries, keys, values = self.before_attention(states, rotation)
-        mask = None if allowed is None else allowed[:, None]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
-        return self.after_attention(states, mixed)
+        return self.after_attention(states, attend(queries, keys, values, reach))
 
     def extend(self, states: States, layer: int, kept: Kept) -> States:
         """``forward`` for new positions of rows whose earlier ones are in the cache."""
@@ -69,9 +68,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def forward(self, states: States, documents: DocumentIds) -> States:
-        rotation, allowed = self.rotation_and_mask(documents)
+        rotation, reach = self.rotation_and_reach(documents)
         for block in self.blocks:
-            states = block(states, rotation, allowed)
+            states = block(states, rotation, reach)
         return states
 
     def extend(self, states: States, kept: Kept) -> States:
@@ -85,11 +84,11 @@ class Transformer(nn.Module):
         """The layers, as what they are."""
         return cast("list[Block]", list(self.layers))
 
-    def rotation_and_mask(self, documents: DocumentIds) -> tuple[Rotation, MayAttend | None]:
-        """What every layer of the stack shares: rotary rotation, and which positions may attend to which."""
+    def rotation_and_reach(self, documents: DocumentIds) -> tuple[Rotation, Reach]:
+        """What every layer of the stack shares: rotary rotation, and which positions each may read."""
         config = self.config
         rotation = rotary_rotation(documents.shape[1], config.head_dim, config.rope_theta, documents.device)
-        return rotation, may_attend(documents, config.window_positions)
+        return rotation, positions_in_reach(documents, config.window_positions)
 
 
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")

@@ -1,0 +1,149 @@
+"""Queries, keys and values -> what the heads read: causal, within documents and windows, and no work outside of them.
+
+What a query may read is one number: the oldest position in its reach. On CUDA that makes a block mask for FlexAttention;
+everywhere else the queries go tile by tile, each tile with the stretch of keys that its queries may read, so that time grows
+with the row and memory does not hold the scores (the backward pass works them out again).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from blt.model.rotary import Heads
+from blt.shapes import DocumentIds, OldestRead
+
+TILE_QUERIES = 128  # or half a window, if that is less; 64 and 256 are slower in bf16 (docs/log.md)
+
+FlatHeads = Float[Tensor, "batch_head position head_dim"]
+
+
+class Tile(NamedTuple):
+    """Neighbouring queries, and the stretch of keys that holds all that they may read."""
+
+    queries: slice
+    keys: slice
+    forbidden: Bool[Tensor, "batch_or_one 1 query key"]
+
+
+Reach = list[Tile] | BlockMask  # which positions each position may read, as ``attend`` wants it
+
+
+def oldest_read(documents: DocumentIds, window_positions: int | None) -> OldestRead:
+    """The first position that each position may read: of its own document, at most ``window_positions`` with itself.
+
+    >>> oldest_read(torch.tensor([[0, 0, 0, 0, 1]]), 3).tolist(), oldest_read(torch.tensor([[0, 0, 1]]), None).tolist()
+    ([[0, 0, 0, 1, 4]], [[0, 0, 2]])
+    """
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.zeros_like(index)
+    begins[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], index[:, 1:], 0)
+    oldest = begins.cummax(1).values
+    return oldest if window_positions is None else oldest.maximum(index - window_positions + 1)
+
+
+def positions_in_reach(documents: DocumentIds, window_positions: int | None) -> Reach:
+    """Which positions each may read, for all layers of a stack: its document's, not after it, in its window."""
+    oldest = oldest_read(documents, window_positions)
+    if documents.device.type == "cuda":
+        return block_mask(oldest)
+    return tiles(oldest, window_positions)
+
+
+def attend(queries: Heads, keys: Heads, values: Heads, reach: Reach) -> Heads:
+    """Softmax attention (scores over the square root of the head's width) of each query to what it may read."""
+    if isinstance(reach, BlockMask):
+        return _compiled_flex_attention()(queries, keys, values, block_mask=reach)
+    kind = queries.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+    return _TiledAttention.apply(queries, keys, values, reach)
+
+
+def block_mask(oldest: OldestRead) -> BlockMask:
+    """What FlexAttention wants to know: which blocks of keys it may skip, and which keys inside the others."""
+    batch, num_positions = oldest.shape
+    return create_block_mask(
+        lambda row, head, query, key: (key <= query) & (key >= oldest[row, query]),
+        *(batch, None, num_positions, num_positions),
+        device=oldest.device,
+    )
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def tiles(oldest: OldestRead, window_positions: int | None) -> list[Tile]:
+    """The queries in tiles, each with its keys.
+
+    Rows that hold one document share the tiles' masks, and all tiles beyond the first window share one.
+    """
+    num_positions = oldest.shape[1]
+    index = torch.arange(num_positions, device=oldest.device)
+    plain = 0 if window_positions is None else (index - window_positions + 1).clamp(min=0)
+    alike = bool((oldest == plain).all())
+    oldest = oldest[:1] if alike else oldest
+    masks: dict[tuple[int, int], Tensor] = {}
+    found = []
+    size = TILE_QUERIES if window_positions is None else min(TILE_QUERIES, -(-window_positions // 2))
+    for begin in range(0, num_positions, size):
+        end = min(begin + size, num_positions)
+        first = int(oldest[:, begin].min())
+        shape = (end - begin, begin - first)
+        if not alike or shape not in masks:
+            key, query = index[first:end], index[begin:end, None]
+            masks[shape] = ((key > query) | (key < oldest[:, begin:end, None]))[:, None]
+        found.append(Tile(slice(begin, end), slice(first, end), masks[shape]))
+    return found
+
+
+class _TiledAttention(torch.autograd.Function):
+    """One tile at a time, forward and backward; what is kept in between is as long as the row."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Heads, keys: Heads, values: Heads, found: list[Tile]) -> Heads:
+        batch = queries.shape[0]
+        flat_queries, flat_keys, flat_values = (part.flatten(0, 1) for part in (queries, keys, values))
+        flat_queries = flat_queries * queries.shape[-1] ** -0.5
+        mixed = torch.empty_like(flat_values)
+        with torch.autocast(queries.device.type, enabled=False):
+            for tile in found:
+                weights = _weights(flat_queries, flat_keys, tile, batch)
+                mixed[:, tile.queries] = torch.bmm(weights, flat_values[:, tile.keys])
+        ctx.save_for_backward(flat_queries, flat_keys, flat_values, mixed)
+        ctx.found, ctx.batch = found, batch
+        return mixed.unflatten(0, (batch, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Heads) -> tuple[Heads, Heads, Heads, None]:
+        queries, keys, values, mixed = ctx.saved_tensors
+        of_mixed = gradients[0].flatten(0, 1)
+        # the softmax's gradient needs, of each query, its weights times their gradients: that is what it read times its own
+        of_weights_mean = (of_mixed * mixed).sum(-1, keepdim=True)
+        of_queries = torch.empty_like(queries)
+        of_keys, of_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
+        for tile in ctx.found:
+            weights = _weights(queries, keys, tile, ctx.batch)
+            own = of_mixed[:, tile.queries]
+            of_values[:, tile.keys] += torch.bmm(weights.mT, own)
+            of_scores = torch.bmm(own, values[:, tile.keys].mT).sub_(of_weights_mean[:, tile.queries]).mul_(weights)
+            of_queries[:, tile.queries] = torch.bmm(of_scores, keys[:, tile.keys])
+            of_keys[:, tile.keys] += torch.bmm(of_scores.mT, queries[:, tile.queries])
+        of_queries *= queries.shape[-1] ** -0.5
+        found = (of_queries, of_keys.to(keys.dtype), of_values.to(values.dtype))
+        of_query_heads, of_key_heads, of_value_heads = (part.unflatten(0, (ctx.batch, -1)) for part in found)
+        return of_query_heads, of_key_heads, of_value_heads, None
+
+
+def _weights(queries: FlatHeads, keys: FlatHeads, tile: Tile, batch: int) -> Float[Tensor, "batch_head query key"]:
+    """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
+    scores = torch.bmm(queries[:, tile.queries], keys[:, tile.keys].mT)
+    scores.unflatten(0, (batch, -1)).masked_fill_(tile.forbidden, -torch.inf)
+    return scores.softmax(-1)
