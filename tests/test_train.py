@@ -291,12 +291,14 @@ def test_matrices_decay_and_norms_and_tables_do_not(text_file: Path) -> None:
     training = TrainingConfig(total_bytes=1, table_learning_rate=0.5, weight_decay=0.3)
     groups = build_optimizer(network, training).param_groups
     names = {id(weight): name for name, weight in network.named_parameters()}
-    decayed, tables, rest = ({names[id(weight)] for weight in group["params"]} for group in groups)
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
-    assert groups[1]["peak_lr"] == 0.5
+    decayed, bytes_, tables, rest = ({names[id(weight)] for weight in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0, 0.0]
+    assert [group["peak_lr"] == 0.5 for group in groups] == [False, True, True, False]
+    assert [group.get("by_row", False) for group in groups] == [False, False, True, False]
     assert all(name.endswith("norm.weight") for name in rest)
-    assert tables == {"local_encoder.byte_embedding.weight", "local_encoder.hash_embeddings.tables.weight"}
-    assert len(decayed) + len(tables) + len(rest) == len(names)
+    assert bytes_ == {"local_encoder.byte_embedding.weight"}
+    assert tables == {"local_encoder.hash_embeddings.tables.weight"}
+    assert len(decayed) + len(bytes_) + len(tables) + len(rest) == len(names)
 
 
 def test_the_schedules_warm_up_and_end_at_zero() -> None:

@@ -19,7 +19,9 @@ from blt import corpus
 from blt.byte_ids import BOS
 from blt.checkpoint import load_state, save_state, saved_steps, write_whole
 from blt.config import TrainingConfig
+from blt.model.hash_embeddings import HashEmbeddings
 from blt.progress import Reporter
+from blt.row_adamw import RowAdamW, clip_gradients
 from blt.shapes import ByteIds
 
 
@@ -157,13 +159,13 @@ def train_step(job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, window
         (nats / num_targets).backward()
         window.nats += float(nats.detach())
         window.patches += patches
-    norm = nn.utils.clip_grad_norm_(job.model.parameters(), job.config.clip_norm)
+    norm = clip_gradients(job.model.parameters(), job.config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     window.targets += num_targets
     window.bytes += rows[:, 1:].numel()
     window.seconds += time.perf_counter() - started
-    return float(norm)
+    return norm
 
 
 def figures_line(report: dict[str, Any]) -> str:
@@ -191,18 +193,22 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return min(1.0, (total - step) / decay_steps)
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, norms and embedding tables do not, and tables may have their own rate."""
-    tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    matrices = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> RowAdamW:
+    """AdamW; matrices decay, norms and embedding tables do not. Hash tables go row by row and may have their own rate."""
     rate, table_rate = config.learning_rate, config.table_learning_rate or config.learning_rate
-    everything = list(model.parameters())
+    matrices = [part.weight for part in model.modules() if isinstance(part, nn.Linear)]
+    embeddings = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
+    tables = [part.tables.weight for part in model.modules() if isinstance(part, HashEmbeddings)]
+    elsewhere = {id(weight) for weight in [*matrices, *embeddings]}
+    in_tables = {id(weight) for weight in tables}
     groups = [
-        {"params": [p for p in everything if id(p) in matrices], "peak_lr": rate, "weight_decay": config.weight_decay},
-        {"params": [p for p in everything if id(p) in tables], "peak_lr": table_rate, "weight_decay": 0.0},
-        {"params": [p for p in everything if id(p) not in matrices | tables], "peak_lr": rate, "weight_decay": 0.0},
+        {"params": matrices, "peak_lr": rate, "weight_decay": config.weight_decay},
+        {"params": [weight for weight in embeddings if id(weight) not in in_tables], "peak_lr": table_rate},
+        {"params": tables, "peak_lr": table_rate, "by_row": True},
+        {"params": [weight for weight in model.parameters() if id(weight) not in elsewhere], "peak_lr": rate},
     ]
-    return torch.optim.AdamW(groups, lr=rate, betas=config.betas, eps=config.adam_eps, fused=True)
+    groups = [group for group in groups if group["params"]]  # an entropy model has no tables
+    return RowAdamW(groups, lr=rate, betas=config.betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
 
 
 def next_id_loss(logits: Tensor, targets: ByteIds) -> Tensor:

@@ -43,8 +43,9 @@ class HashEmbeddings(nn.Module):
         return self.look_up(table_rows(byte_ids, self.config))
 
     def look_up(self, rows: TableRows) -> ByteStates:
-        """The sum of these rows for each byte."""
-        return F.embedding_bag(rows.flatten(0, 1), self.tables.weight, mode="sum").unflatten(0, rows.shape[:2])
+        """The sum of these rows for each byte. The tables' gradient is sparse: it holds these rows and no others."""
+        sums = F.embedding_bag(rows.flatten(0, 1), self.tables.weight, mode="sum", sparse=True)
+        return sums.unflatten(0, rows.shape[:2])
 
 
 def table_rows(byte_ids: ByteIds, config: HashEmbeddingsConfig) -> TableRows:
