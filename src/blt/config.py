@@ -158,6 +158,10 @@ class TrainingConfig(Config):
     weight_decay: float = Field(0.1, ge=0)  # not on norms, embeddings and tables
     clip_norm: float = Field(1.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: measured
+    table_dtype: Literal["float32", "bfloat16"] = "float32"  # of the hash tables and their moments
+    recompute_activations: bool = (
+        False  # work each layer out again in the backward pass: less memory, a third more time
+    )
     seed: int = Field(0, ge=0)
     steps_per_report: int = Field(20, ge=1)
     steps_per_save: int = Field(200, ge=1)

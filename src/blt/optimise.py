@@ -20,6 +20,7 @@ from blt.byte_ids import BOS
 from blt.checkpoint import load_state, save_state, saved_steps, write_whole
 from blt.config import TrainingConfig
 from blt.model.hash_embeddings import HashEmbeddings
+from blt.model.transformer import Transformer
 from blt.progress import Reporter
 from blt.row_adamw import RowAdamW, clip_gradients
 from blt.shapes import ByteIds
@@ -62,6 +63,7 @@ class ReportWindow:
         figures = {
             "train_bits_per_byte": self.nats / self.targets / math.log(2),
             "bytes_per_second": self.bytes / self.seconds,
+            "flops_per_second": flops_per_byte(mean_patch) * self.bytes / self.seconds,
             "train_seconds": self.total_seconds,
             "train_flops": self.flops,
         }
@@ -109,7 +111,9 @@ def optimise(
 ) -> None:
     """The training loop: goes on from the newest state in the job's folder, on a CPU to the bit."""
     config, device = job.config, next(job.model.parameters()).device
+    prepare(job.model, config)
     optimizer = build_optimizer(job.model, config)
+    peak_flops = product_flops_per_second(_product_dtype(config), device)
     reader = corpus.BatchReader(shard, config.row_bytes, config.rows_per_step, config.seed)
     step, window = 0, ReportWindow()
     if saved_steps(job.state_folder):
@@ -131,6 +135,7 @@ def optimise(
         position = {"phase": job.name, "step": step, "bytes_seen": step * config.bytes_per_step}
         if step % config.steps_per_report == 0 or last:
             figures = window.close(job.flops_per_byte)
+            figures["flops_utilisation"] = figures["flops_per_second"] / peak_flops
             learning_rate = optimizer.param_groups[0]["lr"]
             metrics.write(position | figures | {"learning_rate": learning_rate, "gradient_norm": norm})
             reporter.show(job.name, step, config.total_steps, figures_line(position | figures))
@@ -148,11 +153,35 @@ def optimise(
     job.model.eval()
 
 
+def prepare(model: nn.Module, config: TrainingConfig) -> None:
+    """Set up what of a network depends on how it is trained: its tables' numbers, what its layers keep."""
+    for part in model.modules():
+        if isinstance(part, HashEmbeddings):
+            part.to(torch.bfloat16 if config.table_dtype == "bfloat16" else torch.float32)
+        elif isinstance(part, Transformer):
+            part.recompute = config.recompute_activations
+
+
+def product_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs per second of a large matrix product here: what model FLOPs utilisation is measured against."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        F.linear(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
 def train_step(job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, window: ReportWindow) -> float:
     """One update from rows of ``row_bytes + 1`` ids; the gradient's norm before clipping."""
     started = time.perf_counter()
     num_targets = int((rows[:, 1:] > BOS).sum())
-    autocast = torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=job.config.dtype == "bfloat16")
+    dtype = _product_dtype(job.config)
+    autocast = torch.autocast(rows.device.type, dtype=dtype, enabled=dtype != torch.float32)
     for part in rows.chunk(job.config.micro_batches):
         with autocast:
             nats, patches = job.loss(part)
@@ -168,12 +197,16 @@ def train_step(job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, window
     return norm
 
 
+def _product_dtype(config: TrainingConfig) -> torch.dtype:
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
 def figures_line(report: dict[str, Any]) -> str:
     """One report as a person reads it."""
     patches = f"  patches {report['mean_patch_bytes']:.2f} B" if "mean_patch_bytes" in report else ""
     return (
         f"{report['bytes_seen'] / 1e6:.2f} MB  {report['train_bits_per_byte']:.3f} bits/byte"
-        f"{patches}  {report['bytes_per_second'] / 1e3:.1f} kB/s"
+        f"{patches}  {report['bytes_per_second'] / 1e3:.1f} kB/s  {report['flops_utilisation']:.0%} of peak FLOPs"
     )
 
 

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blt import corpus
@@ -23,7 +21,7 @@ from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
-from blt.optimise import Job, Metrics, next_id_loss, optimise, stop_after_this_step
+from blt.optimise import Job, Metrics, next_id_loss, optimise, product_flops_per_second, stop_after_this_step
 from blt.progress import Reporter
 from blt.report import can_draw, patched_text, write_report
 from blt.shapes import ByteIds, PatchStarts
@@ -31,6 +29,7 @@ from blt.shapes import ByteIds, PatchStarts
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
 REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
+BFLOAT16_GAIN = 1.5  # of matrix products, from which on a training step gains in spite of the casts
 
 
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
@@ -111,20 +110,9 @@ def resolve_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfi
         return config
     faster = "bfloat16" if device.type == "cuda" else "float32"
     if device.type == "cpu":
-        seconds = {dtype: _seconds_per_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
-        # autocast adds casts, so bf16 has to win by a margin
-        faster = "bfloat16" if 1.5 * seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
+        single, half = (product_flops_per_second(dtype, device) for dtype in (torch.float32, torch.bfloat16))
+        faster = "bfloat16" if half > BFLOAT16_GAIN * single else "float32"
     return config.model_copy(update={"dtype": faster})
-
-
-def _seconds_per_product(dtype: torch.dtype) -> float:
-    left, right = torch.randn(2048, 256).to(dtype), torch.randn(768, 256).to(dtype)
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        F.linear(left, right)
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _claim_folder(config: RunConfig, run: Path, device: torch.device, resume: bool) -> RunConfig:

@@ -45,7 +45,8 @@ class LocalDecoder(nn.Module):
         rotation, reach = self.transformer.rotation_and_reach(documents)
         for layer, block in enumerate(self.transformer.blocks):
             keys, values = (part.index_select(0, patch_of_byte) for part in slots[layer])
-            byte_states = block(self.crosses[layer].read_patches(byte_states, keys, values), rotation, reach)
+            byte_states = self.crosses[layer].read_patches(byte_states, keys, values)
+            byte_states = self.transformer.run_block(block, byte_states, rotation, reach)
         return self.predict(byte_states)
 
     def extend(self, byte_states: ByteStates, slots_of_byte: LayerSlots, kept: Kept) -> Logits:
