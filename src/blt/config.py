@@ -70,6 +70,7 @@ class PatchingConfig(Config):
     threshold_nats: float | None = None  # entropy, entropy_rise: absent until calibrated
     patch_bytes: int | None = Field(None, ge=1)  # fixed: the length of every patch
     max_patch_bytes: int | None = Field(None, ge=1)  # longer patches are split; absent: no limit
+    rounded_entropies: bool = False  # entropy_rise: compared as a sidecar keeps them, in steps of ln 260 / 255
 
     @model_validator(mode="after")
     def rule_has_what_it_needs(self) -> "PatchingConfig":
@@ -77,6 +78,8 @@ class PatchingConfig(Config):
             raise ValueError("patch_bytes belongs to rule 'fixed', and 'fixed' needs it")
         if not self.uses_entropies and self.threshold_nats is not None:
             raise ValueError(f"threshold_nats does not apply to rule {self.rule!r}")
+        if self.rounded_entropies and self.rule != "entropy_rise":
+            raise ValueError(f"rounded_entropies belongs to rule 'entropy_rise', not to {self.rule!r}")
         return self
 
     @property
