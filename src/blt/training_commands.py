@@ -1,6 +1,7 @@
-"""The commands that make a model: ``blt demo``, ``blt train``."""
+"""The commands that make a model, or what one is made from: ``blt demo``, ``blt train``, ``blt entropies``."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from blt.command_options import Options, Paths, print_flops, print_json, reporter_for
+from blt.command_options import Options, Output, Paths, print_flops, print_json, reporter_for
 
 if TYPE_CHECKING:
     from blt.config import RunConfig
@@ -52,6 +53,7 @@ def train(
     *,
     data: Paths = None,
     raw: Annotated[bool, Parameter(negative=())] = False,
+    entropies: Path | None = None,
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative=())] = False,
     set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
@@ -70,6 +72,8 @@ def train(
         Files and folders to train on, or stdlib; instead of the config's.
     raw
         Take every file as one document of bytes.
+    entropies
+        The folder of blt entropies over this text; the config names their model as pretrained_entropy_model.
     out
         The run folder; default runs/NAME.
     resume
@@ -88,6 +92,8 @@ def train(
         overrides.append(f"data.paths={json.dumps(data, ensure_ascii=False)}")
     if raw:
         overrides.append("data.raw=true")
+    if entropies is not None:
+        overrides.append(f"data.entropies={json.dumps(str(entropies), ensure_ascii=False)}")
     run_config = _with_options(read_run_config(config, overrides), options)
     if dry_run:
         if options.json:
@@ -108,6 +114,71 @@ def train(
         print_json(evaluation)
     else:
         print(f"held out, bits per byte: {evaluation_line(evaluation)}\nthe run is in {run}")
+
+
+def entropies(
+    model: str,
+    *,
+    data: Paths = None,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    out: Path,
+    row_bytes: int | None = None,
+    held_out_fraction: float | None = None,
+    processes: int | None = None,
+    device: str = "auto",
+    options: Output = Output(),
+) -> None:
+    """Score a text once with a model's entropy model, for any number of trainings: blt train CONFIG --entropies OUT.
+
+    Ctrl-C saves; the same command continues.
+
+    Parameters
+    ----------
+    model
+        A run folder, a folder in Hugging Face's blt format, or a hub id.
+    data
+        Files and folders, or stdlib. Default: what the run was trained on.
+    raw
+        Take every file as one document of bytes.
+    out
+        The folder for entropies, text and specification.
+    row_bytes
+        As in [training] of the runs to come. Default: the run's, else 512.
+    held_out_fraction
+        As in [data] of the runs to come. Default: the run's, else 0.03.
+    processes
+        How many score at once. Default: one for each CPU core.
+    device
+        auto, cpu, cuda or mps.
+    """
+    from blt.config import CorpusConfig, read_run_config, validated
+    from blt.entropy_scoring import score_corpus
+    from blt.language_model import pick_device
+
+    config_file = Path(model) / "config.toml"
+    of_run = read_run_config(config_file) if config_file.is_file() else None
+    if data is None and of_run is None:
+        raise ValueError(f"{model} is no run with a text of its own; give one with --data")
+    values = of_run.data.model_dump(exclude={"entropies"}) if of_run else {}
+    if data is not None:
+        values |= {"paths": tuple(data), "raw": raw}
+    if held_out_fraction is not None:
+        values["held_out_fraction"] = held_out_fraction
+    corpus_config = validated(CorpusConfig, values, "command line")
+    row_bytes = row_bytes or (of_run.training.row_bytes if of_run else 512)
+    target = pick_device(device)
+    if processes is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = cores if target.type == "cpu" else 1
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    with reporter_for(options) as reporter:
+        figures = score_corpus(model, corpus_config, out, row_bytes, processes, target, reporter)
+    if options.json:
+        print_json(figures)
+    else:
+        speed = f", {figures['bytes_per_second'] / 1e3:.1f} kB/s" if figures["bytes_per_second"] else ""
+        print(f"{figures['bytes'] / 1e6:.2f} MB in {figures['rows']:,} rows{speed}\nthe entropies are in {out}")
 
 
 def _with_options(config: "RunConfig", options: Options) -> "RunConfig":
