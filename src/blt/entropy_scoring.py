@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -63,8 +63,9 @@ def score_corpus(
     if rows == 0:
         reporter.say(f"{folder} is finished already: {spec.num_rows:,} rows, {shard.num_bytes / 1e6:.2f} MB")
     chunk = max(1, CHUNK_IDS // row_bytes)
-    chunks = [range(first, min(first + chunk, spec.num_rows)) for first in range(done, spec.num_rows, chunk)]
-    processes = min(processes, len(chunks))
+    firsts = range(done, spec.num_rows, chunk)
+    chunks = (range(first, min(first + chunk, spec.num_rows)) for first in firsts)
+    processes = min(processes, len(firsts))
     scorer = Scorer(entropy_model.to(device), shard, spec)
     in_processes = _scored_in_processes(model_folder(model), folder, chunks, processes)
     scoring = in_processes if processes > 1 else nullcontext(map(scorer.codes, chunks))
@@ -183,7 +184,7 @@ def _write_codes(
 
 @contextmanager
 def _scored_in_processes(
-    model: Path, folder: Path, chunks: Sequence[range], processes: int
+    model: Path, folder: Path, chunks: Iterable[range], processes: int
 ) -> Iterator[Iterator[NDArray[np.uint8]]]:
     """The codes of all chunks in order, a few of them ahead."""
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_enter_worker)
