@@ -20,7 +20,16 @@ import jaxtyping
 import pytest
 
 _WITH_TENSORS = (
-    *("byte_ids", "corpus", "evaluate", "generate", "huggingface_generate", "incremental"),
+    *(
+        "byte_ids",
+        "corpus",
+        "entropy_cache",
+        "entropy_scoring",
+        "evaluate",
+        "generate",
+        "huggingface_generate",
+        "incremental",
+    ),
     *("language_model", "model", "optimise", "sampling", "speculate", "train"),
 )
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no property
@@ -148,6 +157,21 @@ def tiny_training(tiny_toml: Path) -> Training:
 def trained_run(tiny_training: Training, tmp_path: Path) -> Path:
     """A copy of the tiny run, to do anything with."""
     return Path(shutil.copytree(tiny_training.run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def scored(tiny_training: Training) -> Path:
+    """The entropies of the tiny run's own text, to be read only."""
+    folder = tiny_training.run.parent / "scored"
+    finished = run_blt("entropies", tiny_training.run, "--out", folder, "--processes", 1)
+    assert finished.code == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture
+def copied(scored: Path, tmp_path: Path) -> Path:
+    """A copy of them, to do anything with."""
+    return Path(shutil.copytree(scored, tmp_path / "scored"))
 
 
 @pytest.fixture

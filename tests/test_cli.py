@@ -16,7 +16,7 @@ import pytest
 from blt.language_model import load
 
 Blt = Callable[..., Any]
-COMMANDS = ["doctor", "demo", "train", "evaluate", "generate", "patch", "flops"]
+COMMANDS = ["doctor", "demo", "train", "entropies", "evaluate", "generate", "patch", "flops"]
 EVALUATION_KEYS = {"bits_per_byte", "bytes", "patches", "mean_patch_bytes", "entropy_model_bits_per_byte"}
 GENERATION_KEYS = {"text", "bytes", "new_bytes", "seconds", "bytes_per_second", "latent_calls"}
 SAMPLED = ["--temperature", "1", "--max-bytes", "30"]

@@ -114,6 +114,10 @@ def test_a_value_of_another_type_is_refused_not_converted(place: str, value: Any
             {"model.patching.rule": "space", "model.patching.threshold_nats": 1.0},
             "threshold_nats does not apply to rule 'space'",
         ),
+        (
+            {"model.patching.rounded_entropies": True},
+            "rounded_entropies belongs to rule 'entropy_rise', not to 'entropy'",
+        ),
         ({"model.patching.max_patch_bytes": 0}, "max_patch_bytes: Input should be greater"),
         ({"model.hash_embeddings.ngram_bytes": []}, "ngram_bytes"),
         ({"model.hash_embeddings.ngram_bytes": [0, 3]}, "different sizes of at least 1, got \\[0, 3\\]"),

@@ -106,7 +106,7 @@ def loaded_by(code: str) -> set[str]:
 HELP_OF_ALL = """
 import sys
 from blt.cli import main
-for command in ([], ['doctor'], ['demo'], ['train'], ['evaluate'], ['generate'], ['patch'], ['flops']):
+for command in ([], ['doctor'], ['demo'], ['train'], ['entropies'], ['evaluate'], ['generate'], ['patch'], ['flops']):
     sys.argv = ['blt', *command, '--help']
     try:
         main()

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from blt.config import TrainingConfig
 from blt.model.byte_latent_transformer import ByteLatentTransformer
-from blt.optimise import Job, ReportWindow, build_optimizer, next_id_loss, prepare, product_flops_per_second, train_step
+from blt.optimise import (
+    Job,
+    Loss,
+    ReportWindow,
+    build_optimizer,
+    next_id_loss,
+    prepare,
+    product_flops_per_second,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -64,14 +73,15 @@ def test_tables_in_bf16_train_beside_a_network_in_fp32() -> None:
     job = job_of(network, config)
     before = tables.detach().clone()
     for _ in range(5):
-        train_step(job, optimizer, row, window)
+        train_step(job, optimizer, row, None, window)
     assert float(loss_of(network, row[:, :-1]).detach()) < window.nats / 5
     assert not tables.equal(before)
 
 
 def job_of(network: ByteLatentTransformer, config: TrainingConfig) -> Job:
-    def loss(rows: Tensor) -> tuple[Tensor, int]:
-        return loss_of(network, rows[:, :-1]), 15
+    def loss(rows: Tensor, entropies: Tensor | None) -> Loss:
+        nats = loss_of(network, rows[:, :-1])
+        return Loss(nats, nats, patches=15)
 
     return Job("network", network, config, Path(), loss, dict, lambda: None, lambda mean_patch: 1e6)
 

@@ -13,13 +13,18 @@ from torch import Tensor
 from blt.byte_ids import BOS, BYTE_OFFSET, EOS, VOCAB_SIZE
 from blt.config import PatchingConfig
 from blt.model.patching import (
+    MAX_ENTROPY,
     PatchingState,
+    entropies_of_codes,
+    entropy_codes,
+    entropy_edges,
     is_space_like,
     mean_patch_bytes,
     newest_closed_patch,
     patch_ids,
     patch_lengths,
     patch_starts,
+    rounded_up,
     split_long_patches,
     step_patching,
     threshold_for_patch_size,
@@ -321,3 +326,59 @@ def test_a_rule_without_its_entropies_or_its_threshold_says_what_to_do(rule: str
 def test_rules_on_bytes_need_no_entropies(config: PatchingConfig) -> None:
     ids, entropies, _ = random_entropies("entropy")
     assert patch_starts(ids, None, config).equal(patch_starts(ids, entropies, config))
+
+
+# entropies as a byte
+
+any_nats = st.floats(0, 5.5625, width=32)  # rounding may lift an entropy a little above ln 260
+thresholds = st.none() | any_nats | st.sampled_from(entropy_edges().tolist()) | st.floats(-1, 7, width=32)
+
+
+@settings(deadline=None, max_examples=300)
+@given(values=st.lists(any_nats, min_size=1, max_size=20), threshold=thresholds)
+def test_a_code_compares_with_every_edge_as_its_entropy_does(values: list[float], threshold: float | None) -> None:
+    edges = entropy_edges(threshold)
+    beside = [*edges.tolist(), *torch.nextafter(edges, torch.tensor(9.0)).tolist(), *values]
+    entropies = torch.tensor([[math.nan, *beside]])
+    codes = entropy_codes(entropies, edges)
+    kept = entropies_of_codes(codes, edges)
+    assert len(edges) <= 255 and kept[0, 0].isnan()
+    for edge in edges:
+        assert (kept[:, 1:] > edge).equal(entropies[:, 1:] > edge)
+    assert entropy_codes(kept, edges).equal(codes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases("entropy"), data=st.data())
+def test_codes_with_the_threshold_among_their_edges_start_the_same_patches(case: Case, data: st.DataObject) -> None:
+    case.nats[1:] = data.draw(st.lists(any_nats, min_size=len(case.ids), max_size=len(case.ids)))
+    assert case.config.threshold_nats is not None
+    edges = entropy_edges(case.config.threshold_nats)
+    kept = entropies_of_codes(entropy_codes(case.entropies(), edges), edges)
+    assert patch_starts(case.byte_ids(), kept, case.config).equal(case.starts())
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=cases("entropy_rise"), other_threshold=thresholds, data=st.data())
+def test_rounded_rises_are_the_same_stepwise_and_from_codes_of_any_edges(
+    case: Case, other_threshold: float | None, data: st.DataObject
+) -> None:
+    values = data.draw(st.lists(any_nats, min_size=len(case.ids), max_size=len(case.ids)))
+    step = data.draw(st.integers(-3, 3)) * (MAX_ENTROPY / 255)  # what a rounded rise can be, or nearly
+    threshold = data.draw(st.sampled_from([step, float(torch.tensor(step)), case.config.threshold_nats]))
+    config = case.config.model_copy(update={"rounded_entropies": True, "threshold_nats": threshold})
+    case = Case(case.ids, torch.tensor([math.nan, *values]).tolist(), config)
+    edges = entropy_edges(other_threshold)
+    kept = entropies_of_codes(entropy_codes(case.entropies(), edges), edges)
+    assert patch_starts(case.byte_ids(), kept, config).equal(case.starts())
+    state, decisions = PatchingState(), [True]
+    for byte_id, next_entropy in zip(case.ids, case.nats[1:], strict=True):
+        state = step_patching(state, byte_id, next_entropy, config)
+        decisions.append(state.next_starts)
+    assert decisions == case.starts()[0].tolist()
+
+
+def test_rounding_moves_an_entropy_up_by_less_than_a_step() -> None:
+    entropies = torch.cat([torch.tensor([math.nan]), torch.rand(1000) * MAX_ENTROPY])[None]
+    moved = (rounded_up(entropies) - entropies)[0]
+    assert moved[0].isnan() and moved[1:].min() >= 0 and moved[1:].max() < MAX_ENTROPY / 255 + 1e-6

@@ -1,9 +1,12 @@
-"""Tiny models with random weights, and rows of ids for them: nothing is trained, nothing is flat."""
+"""Tiny models with random weights, and rows of ids for them: nothing is trained, nothing is flat. And ways to disturb."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, EOS, VOCAB_SIZE
@@ -79,3 +82,22 @@ def threshold_between(entropies: Tensor) -> float:
     widest = int(gaps.argmax())
     assert gaps[widest] > 1e-4
     return float((middle[widest] + middle[widest + 1]) / 2)
+
+
+def stop_after(times: int) -> Callable[[], Any]:
+    """Stands in for ``stop_after_this_step``: a Ctrl-C that arrives when it is asked for the nth time."""
+
+    @contextmanager
+    def stopping() -> Iterator[Callable[[], bool]]:
+        asked = iter(range(times))
+        yield lambda: next(asked, None) == times - 1
+
+    return stopping
+
+
+def change_entropy_model(run: Path) -> None:
+    """Move one of its weights."""
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.patcher.norm.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})

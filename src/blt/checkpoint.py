@@ -30,6 +30,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
 
 
+@contextmanager
+def naming_the_place(path: Path) -> Iterator[None]:
+    """An OSError in here names the path where it names none: a failed write does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def save_state(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any]
 ) -> None:

@@ -70,6 +70,7 @@ class PatchingConfig(Config):
     threshold_nats: float | None = None  # entropy, entropy_rise: absent until calibrated
     patch_bytes: int | None = Field(None, ge=1)  # fixed: the length of every patch
     max_patch_bytes: int | None = Field(None, ge=1)  # longer patches are split; absent: no limit
+    rounded_entropies: bool = False  # entropy_rise: compared as a sidecar keeps them, in steps of ln 260 / 255
 
     @model_validator(mode="after")
     def rule_has_what_it_needs(self) -> "PatchingConfig":
@@ -77,6 +78,8 @@ class PatchingConfig(Config):
             raise ValueError("patch_bytes belongs to rule 'fixed', and 'fixed' needs it")
         if not self.uses_entropies and self.threshold_nats is not None:
             raise ValueError(f"threshold_nats does not apply to rule {self.rule!r}")
+        if self.rounded_entropies and self.rule != "entropy_rise":
+            raise ValueError(f"rounded_entropies belongs to rule 'entropy_rise', not to {self.rule!r}")
         return self
 
     @property
@@ -132,6 +135,7 @@ class CorpusConfig(Config):
     paths: tuple[str, ...] = Field(("stdlib",), min_length=1, strict=False)
     raw: bool = False  # every file is one document of bytes, whatever its name
     held_out_fraction: float = Field(0.03, gt=0, lt=1)  # of documents, chosen by a hash of their content
+    entropies: str | None = None  # folder of ``blt entropies`` over this text; absent: computed as they are needed
 
 
 class CalibrationConfig(Config):
@@ -193,6 +197,9 @@ class RunConfig(Config):
     data: CorpusConfig = CorpusConfig()
     model: ModelConfig
     pretrained_entropy_model: str | None = None  # any MODEL whose entropy model is taken as it is, instead of training
+    entropy_teacher: str | None = (
+        None  # any MODEL whose entropy model's predictions the trained one learns (distillation)
+    )
     entropy_training: TrainingConfig | None = None
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingConfig
@@ -203,6 +210,32 @@ class RunConfig(Config):
         if sources != (self.model.entropy_model is not None):
             raise ValueError(
                 "a [model.entropy_model] needs either [entropy_training] or pretrained_entropy_model; without one, neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_teacher_has_somebody_to_teach(self) -> "RunConfig":
+        if self.entropy_teacher is not None and self.entropy_training is None:
+            raise ValueError(
+                "entropy_teacher teaches an entropy model while it is trained: it needs [entropy_training]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def scored_entropies_can_be_used(self) -> "RunConfig":
+        if self.data.entropies is None:
+            return self
+        patching = self.model.patching
+        if not patching.uses_entropies:
+            raise ValueError(f"data.entropies is of no use: patching rule {patching.rule!r} reads no entropies")
+        if self.pretrained_entropy_model is None:
+            raise ValueError(
+                "data.entropies needs pretrained_entropy_model, the model that scored them, and no [entropy_training]"
+            )
+        if patching.rule == "entropy_rise" and not patching.rounded_entropies:
+            raise ValueError(
+                "data.entropies holds rounded entropies, whose differences are not those that rule 'entropy_rise' compares; "
+                "set model.patching.rounded_entropies = true, and the model will round them wherever it runs"
             )
         return self
 

@@ -170,6 +170,38 @@ class CorpusSummary:
     bytes: dict[str, int]  # by split
     empty_skipped: int
 
+    @property
+    def sentence(self) -> str:
+        """The figures as a person reads them."""
+        skipped = f"; {self.empty_skipped} empty documents skipped" if self.empty_skipped else ""
+        return (
+            f"corpus: {self.documents['train']:,} documents, {self.bytes['train'] / 1e6:.2f} MB to train on; "
+            f"{self.documents['held_out']:,}, {self.bytes['held_out'] / 1e6:.2f} MB held out{skipped}"
+        )
+
+
+class _Fingerprint:
+    """A hash over documents as they pass."""
+
+    def __init__(self, held_out_fraction: float) -> None:
+        self.hash = blake2b(repr(held_out_fraction).encode(), digest_size=16)
+
+    def add(self, data: bytes) -> None:
+        if data:
+            self.hash.update(len(data).to_bytes(8))
+            self.hash.update(data)
+
+    def hexdigest(self) -> str:
+        return self.hash.hexdigest()
+
+
+def corpus_fingerprint(documents: Iterable[Document], held_out_fraction: float) -> str:
+    """The fingerprint that ``build_shards`` gives these documents, without writing anything."""
+    fingerprint = _Fingerprint(held_out_fraction)
+    for document in documents:
+        fingerprint.add(document.data)
+    return fingerprint.hexdigest()
+
 
 class _SplitWriter:
     """Appends documents to an open file and remembers where each begins."""
@@ -198,7 +230,7 @@ def build_shards(documents: Iterable[Document], folder: Path, held_out_fraction:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    fingerprint = blake2b(repr(held_out_fraction).encode(), digest_size=16)
+    fingerprint = _Fingerprint(held_out_fraction)
     empty_skipped = 0
     newest: bytes | None = None  # written one document late, when it is known whether it is the last
     with (partial / "train.bin").open("wb") as train_file, (partial / "held_out.bin").open("wb") as held_out_file:
@@ -207,8 +239,7 @@ def build_shards(documents: Iterable[Document], folder: Path, held_out_fraction:
             if not document.data:
                 empty_skipped += 1
                 continue
-            fingerprint.update(len(document.data).to_bytes(8))
-            fingerprint.update(document.data)
+            fingerprint.add(document.data)
             if newest is not None:
                 writers["held_out" if is_held_out(newest, held_out_fraction) else "train"].add(newest)
             newest = document.data
@@ -324,6 +355,11 @@ def row_ids(shard: ByteShard, row_index: int, row_bytes: int) -> NDArray[np.int6
     return np.pad(ids, (0, row_bytes + 1 - len(ids)), constant_values=BOE)
 
 
+def rows_of(shard: ByteShard, row_indices: Iterable[int], row_bytes: int) -> ByteIds:
+    """Several rows as one batch."""
+    return torch.from_numpy(np.stack([row_ids(shard, row, row_bytes) for row in row_indices]))
+
+
 def _stream_ids(shard: ByteShard, start: int, stop: int) -> NDArray[np.int64]:
     """The ids at these positions of the shard's stream.
 
@@ -362,11 +398,14 @@ class BatchReader:
         self._order_of_epoch = (-1, np.empty(0, dtype=np.int64))
 
     def next_batch(self) -> ByteIds:
-        """The next ``rows_per_step`` rows of ``row_bytes + 1`` ids; an epoch may end within a batch."""
+        """The next ``rows_per_step`` rows of ``row_bytes + 1`` ids."""
+        return rows_of(self.shard, self.next_row_indices(), self.row_bytes)
+
+    def next_row_indices(self) -> list[int]:
+        """Which rows the next batch holds; an epoch may end within it."""
         places = range(self.rows_read, self.rows_read + self.rows_per_step)
-        rows = [row_ids(self.shard, self._row_at(place), self.row_bytes) for place in places]
         self.rows_read = places.stop
-        return torch.from_numpy(np.stack(rows))
+        return [self._row_at(place) for place in places]
 
     def state(self) -> dict[str, int | str]:
         """What ``restore`` needs to go on with the batch after the newest one."""

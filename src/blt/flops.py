@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blt.config import ModelConfig, TransformerConfig
+from blt.config import EntropyModelConfig, ModelConfig, TransformerConfig
 
 NUM_IDS = 260  # rows of the byte embedding, outputs of the head
 LLAMA_3_VOCABULARY = 128_256
@@ -96,8 +96,7 @@ def flops_per_byte(config: ModelConfig, mean_patch_bytes: float, context_bytes: 
 
     entropy_model = 0.0
     if config.entropy_model is not None:
-        head = 2 * config.entropy_model.width * NUM_IDS
-        entropy_model = transformer_flops(config.entropy_model, context_bytes) + head
+        entropy_model = entropy_model_flops(config.entropy_model, context_bytes)
 
     # one query per slot, over the bytes of its patch
     encoder_cross = slots_per_byte * (
@@ -138,6 +137,11 @@ def transformer_flops(config: TransformerConfig, context_positions: float) -> fl
         + attention_flops(config.width, keys)
         + feed_forward_flops(config.width, config.ffn_width)
     )
+
+
+def entropy_model_flops(config: EntropyModelConfig, context_bytes: int) -> float:
+    """Forward FLOPs per byte of an entropy model, its head included."""
+    return transformer_flops(config, context_bytes) + 2 * config.width * NUM_IDS
 
 
 def attention_flops(width: int, keys: float) -> float:

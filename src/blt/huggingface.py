@@ -6,7 +6,7 @@ other windows) is written under our own ``model_type``, which ``transformers`` r
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,24 +229,21 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyMo
 
     Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
     """
-    config = read_model_config(folder)
-    with torch.device("meta"):
-        entropy_model = EntropyModel(config.entropy_model) if config.entropy_model else None
-        network = ByteLatentTransformer(config)
-    expected = {weight_name(name): weight for name, weight in named_weights(entropy_model, network).items()}
-    found: dict[str, Tensor] = {}
-    for file in _weight_files(folder, OWN_WEIGHTS if inexpressible(config) else WEIGHTS):
-        found |= dict(_read_weights(file, expected))
-    missing = expected.keys() - found.keys()
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them; copy it again"
-        )
-    for module, prefix, kept in ((entropy_model, "entropy_model.", torch.float32), (network, "network.", dtype)):
-        if module is not None:
-            state = {name: found[weight_name(prefix + name)].to(kept) for name in module.state_dict()}
-            module.load_state_dict(state, assign=True)
+    config, entropy_model, network = _without_weights(folder)
+    weights = _named_weights_of(folder, config, named_weights(entropy_model, network), "")
+    _fill(network, "network.", weights, dtype)
+    if entropy_model is not None:
+        _fill(entropy_model, "entropy_model.", weights, torch.float32)
     return config, entropy_model, network
+
+
+def load_entropy_model(folder: Path) -> tuple[ModelConfig, EntropyModel | None]:
+    """A model's config and its entropy model in fp32, the network's weights left on disk. Raises as ``load_model``."""
+    config, entropy_model, network = _without_weights(folder)
+    if entropy_model is not None:
+        weights = _named_weights_of(folder, config, named_weights(entropy_model, network), "entropy_model.")
+        _fill(entropy_model, "entropy_model.", weights, torch.float32)
+    return config, entropy_model
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -269,6 +266,35 @@ def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[s
     }
 
 
+def _without_weights(folder: Path) -> tuple[ModelConfig, EntropyModel | None, ByteLatentTransformer]:
+    """The modules that a folder's config.json describes, on the meta device."""
+    config = read_model_config(folder)
+    with torch.device("meta"):
+        entropy_model = EntropyModel(config.entropy_model) if config.entropy_model else None
+        return config, entropy_model, ByteLatentTransformer(config)
+
+
+def _named_weights_of(
+    folder: Path, config: ModelConfig, everything: dict[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """The weights on disk whose names (ours) begin with ``prefix``; ``everything``: all there should be, for its shapes."""
+    expected = {weight_name(name): weight for name, weight in everything.items()}
+    wanted = {weight_name(name): name for name in everything if name.startswith(prefix)}
+    found: dict[str, Tensor] = {}
+    for file in _weight_files(folder, OWN_WEIGHTS if inexpressible(config) else WEIGHTS):
+        found |= dict(_read_weights(file, expected, wanted))
+    missing = wanted.keys() - found.keys()
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them; copy it again"
+        )
+    return {wanted[name]: weight for name, weight in found.items()}
+
+
+def _fill(module: nn.Module, prefix: str, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    module.load_state_dict({name: weights[prefix + name].to(dtype) for name in module.state_dict()}, assign=True)
+
+
 def _weight_files(folder: Path, name: str) -> list[Path]:
     """The one file of weights, or the several that an index names."""
     if (folder / name).is_file():
@@ -285,16 +311,17 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds no {name}{because}")
 
 
-def _read_weights(file: Path, expected: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _read_weights(file: Path, expected: dict[str, Tensor], wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (a reader, not a dict)
                 if name not in expected:
                     raise ValueError(f"{file} holds {name}, which the model of its config.json does not have")
-                shape, wanted = list(weights.get_slice(name).get_shape()), list(expected[name].shape)
-                if shape != wanted:
-                    raise ValueError(f"{file}: {name} has shape {shape}, its config.json asks for {wanted}")
-                yield name, weights.get_tensor(name)
+                shape, asked = list(weights.get_slice(name).get_shape()), list(expected[name].shape)
+                if shape != asked:
+                    raise ValueError(f"{file}: {name} has shape {shape}, its config.json asks for {asked}")
+                if name in wanted:
+                    yield name, weights.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); copy the model again") from None
 

@@ -5,11 +5,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,21 @@ from torch import Tensor, nn
 
 from blt import corpus
 from blt.byte_ids import BOS
-from blt.checkpoint import load_state, save_state, saved_steps, write_whole
+from blt.checkpoint import load_state, naming_the_place, save_state, saved_steps, write_whole
 from blt.config import TrainingConfig
 from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.transformer import Transformer
 from blt.progress import Reporter
 from blt.row_adamw import RowAdamW, clip_gradients
-from blt.shapes import ByteIds
+from blt.shapes import ByteIds, Entropies, EntropyLogits
+
+
+class Loss(NamedTuple):
+    """What a network makes of some rows, summed over their targets."""
+
+    objective: Tensor  # what training minimises, nats
+    nats: Tensor  # of the true targets, which is reported; the objective itself, unless a teacher sets another
+    patches: int
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,13 @@ class Job:
     model: nn.Module
     config: TrainingConfig
     state_folder: Path
-    loss: Callable[[ByteIds], tuple[Tensor, int]]  # rows -> summed nats over their targets, patches
+    loss: Callable[
+        [ByteIds, Entropies | None], Loss
+    ]  # of rows, and the entropies of their inputs where a sidecar has them
     evaluate: Callable[[], dict[str, Any]]  # held-out figures for metrics.jsonl
     save_model: Callable[[], None]
     flops_per_byte: Callable[[float], float]  # mean patch bytes -> training FLOPs
+    entropies_of_rows: Callable[[Sequence[int]], Entropies] | None = None  # read from a sidecar; None: nothing is read
 
 
 @dataclass
@@ -80,12 +91,8 @@ class Metrics:
         self.path = path
 
     def write(self, report: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(report) + "\n")
-        except OSError as error:
-            error.filename = str(self.path)  # a failed write does not say where
-            raise
+        with naming_the_place(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All reports; a last line that a dying process cut is left out."""
@@ -125,7 +132,10 @@ def optimise(
     while step < config.total_steps:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
-        norm = train_step(job, optimizer, reader.next_batch().to(device), window)
+        row_indices = reader.next_row_indices()
+        rows = corpus.rows_of(shard, row_indices, config.row_bytes).to(device)
+        entropies = job.entropies_of_rows(row_indices).to(device) if job.entropies_of_rows else None
+        norm = train_step(job, optimizer, rows, entropies, window)
         step += 1
         if not math.isfinite(norm):
             raise ValueError(
@@ -176,18 +186,22 @@ def product_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def train_step(job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, window: ReportWindow) -> float:
+def train_step(
+    job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, entropies: Entropies | None, window: ReportWindow
+) -> float:
     """One update from rows of ``row_bytes + 1`` ids; the gradient's norm before clipping."""
     started = time.perf_counter()
     num_targets = int((rows[:, 1:] > BOS).sum())
     dtype = _product_dtype(job.config)
     autocast = torch.autocast(rows.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    for part in rows.chunk(job.config.micro_batches):
+    parts = job.config.micro_batches
+    entropies_of_parts = [None] * parts if entropies is None else entropies.chunk(parts)
+    for part, of_part in zip(rows.chunk(parts), entropies_of_parts, strict=True):
         with autocast:
-            nats, patches = job.loss(part)
-        (nats / num_targets).backward()
-        window.nats += float(nats.detach())
-        window.patches += patches
+            loss = job.loss(part, of_part)
+        (loss.objective / num_targets).backward()
+        window.nats += float(loss.nats.detach())
+        window.patches += loss.patches
     norm = clip_gradients(job.model.parameters(), job.config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -248,6 +262,15 @@ def next_id_loss(logits: Tensor, targets: ByteIds) -> Tensor:
     """Summed nats over bytes and EOS; padding and the BOS that follows an EOS are nobody's business."""
     targets = targets.masked_fill(targets <= BOS, -100)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def distillation_loss(logits: EntropyLogits, teacher_logits: EntropyLogits, targets: ByteIds) -> Tensor:
+    """Summed cross-entropy (nats) with a teacher's predictions where ``next_id_loss`` has targets: their KL divergence and
+    the teacher's own entropies, which no student changes.
+    """
+    is_target = targets > BOS
+    probabilities = teacher_logits[is_target].float().softmax(-1)
+    return F.cross_entropy(logits[is_target].float(), probabilities, reduction="sum")
 
 
 @contextmanager

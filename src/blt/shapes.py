@@ -5,7 +5,7 @@ unknown one; ``patch`` patches of a row; ``slot`` vectors that stand for one pat
 Tests check these types at every call (tests/conftest.py).
 """
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 # bytes
@@ -15,6 +15,8 @@ DocumentIds = Int[Tensor, "batch position"]  # 0, 1, 2, ...: which document of i
 # entropies
 EntropyLogits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
 Entropies = Float[Tensor, "batch byte_or_next"]  # nats; entry t: doubt about id t given ids < t; entry 0 is nan
+EntropyEdges = Float[Tensor, " edge"]  # nats, ascending, at most 255: what a byte can tell apart
+EntropyCodes = UInt8[Tensor, "batch byte"]  # entry t: how many edges lie below the doubt about id t + 1
 
 # patches
 PatchStarts = Bool[

@@ -11,20 +11,30 @@ from torch import Tensor
 
 from blt import corpus
 from blt.byte_ids import BYTE_OFFSET
-from blt.checkpoint import saved_steps, write_whole
+from blt.checkpoint import naming_the_place, saved_steps, write_whole
 from blt.config import ModelConfig, RunConfig, TrainingConfig, read_run_config, to_toml
+from blt.entropy_cache import EntropyCache, open_entropies
 from blt.evaluate import evaluate_inputs, score_documents, total_score
-from blt.flops import flops_per_byte
-from blt.huggingface import load_model
+from blt.flops import entropy_model_flops, flops_per_byte
+from blt.huggingface import load_entropy_model, load_model
 from blt.language_model import LanguageModel, model_folder
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
-from blt.optimise import Job, Metrics, next_id_loss, optimise, product_flops_per_second, stop_after_this_step
+from blt.optimise import (
+    Job,
+    Loss,
+    Metrics,
+    distillation_loss,
+    next_id_loss,
+    optimise,
+    product_flops_per_second,
+    stop_after_this_step,
+)
 from blt.progress import Reporter
 from blt.report import can_draw, patched_text, write_report
-from blt.shapes import ByteIds, PatchStarts
+from blt.shapes import ByteIds, Entropies, PatchStarts
 
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
@@ -38,15 +48,19 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config,
     KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
     """
-    pretrained = _pretrained_entropy_model(config, device)
+    pretrained, teacher = _pretrained_entropy_model(config, device), _teacher(config, device)
+    scored = _scored_entropies(config, pretrained)
     is_new = not (run / "config.toml").exists()
     config = _claim_folder(config, run, device, resume)
     try:
         train_shard, held_out = open_corpus(config, run, reporter)
+        if scored is not None:
+            scored.check_corpus(train_shard, str(config.pretrained_entropy_model), config.data)
     except (ValueError, OSError):
-        if is_new:  # text that cannot be read leaves the folder free for better text
+        if is_new:  # text that cannot be read, or that nobody scored, leaves the folder free for better text
             (run / "config.toml").unlink()
-            shutil.rmtree(run / "corpus.partial", ignore_errors=True)
+            for built in ("corpus", "corpus.partial"):
+                shutil.rmtree(run / built, ignore_errors=True)
             if not any(run.iterdir()):
                 run.rmdir()
         raise
@@ -60,12 +74,12 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
         if saved_steps(network_state):
             lm = LanguageModel(*load_model(run / "model", torch.float32)).to(device)
         else:
-            entropy_model = pretrained or _trained_entropy_model(config, run, device, held_out, optimise_job)
-            model_config = _calibrated(config, entropy_model, train_shard, held_out, metrics, reporter)
+            entropy_model = pretrained or _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
+            model_config = _calibrated(config, entropy_model, train_shard, held_out, scored, metrics, reporter)
             network = ByteLatentTransformer(model_config)
             initialise(network, torch.Generator().manual_seed(config.training.seed))
             lm = LanguageModel(model_config, entropy_model, network.to(device))
-        optimise_job(_network_job(lm, config.training, run, held_out))
+        optimise_job(_network_job(lm, config.training, run, held_out, scored))
     return lm
 
 
@@ -90,17 +104,8 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
     folder = run / "corpus"
     if not folder.exists():
         documents = corpus.read_documents(config.data.paths, raw=config.data.raw)
-        try:
-            summary = corpus.build_shards(documents, folder, config.data.held_out_fraction)
-        except OSError as error:
-            if error.errno is not None and error.filename is None:  # a failed write does not say where
-                error.filename = str(folder)
-            raise
-        skipped = f"; {summary.empty_skipped} empty documents skipped" if summary.empty_skipped else ""
-        reporter.say(
-            f"corpus: {summary.documents['train']:,} documents, {summary.bytes['train'] / 1e6:.2f} MB to train on; "
-            f"{summary.documents['held_out']:,}, {summary.bytes['held_out'] / 1e6:.2f} MB held out{skipped}"
-        )
+        with naming_the_place(folder):
+            reporter.say(corpus.build_shards(documents, folder, config.data.held_out_fraction).sentence)
     return corpus.open_shard(folder, "train"), corpus.open_shard(folder, "held_out")
 
 
@@ -152,11 +157,40 @@ def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> Entrop
     """The entropy model of the model that the config names, if it does. Raises ValueError for one of another shape."""
     if config.pretrained_entropy_model is None:
         return None
-    _, found, _ = load_model(model_folder(config.pretrained_entropy_model), torch.float32)
+    _, found = load_entropy_model(model_folder(config.pretrained_entropy_model))
     if found is None or found.config != config.model.entropy_model:
         raise ValueError(
             f"{config.pretrained_entropy_model} has another entropy model than [model.entropy_model] describes: "
             f"{found.config if found else 'none'}"
+        )
+    return found.to(device)
+
+
+def _scored_entropies(config: RunConfig, pretrained: EntropyModel | None) -> EntropyCache | None:
+    """The entropies that the config names, if it does. Raises ValueError for those of another model or other rows."""
+    if config.data.entropies is None:
+        return None
+    assert pretrained is not None
+    scored = open_entropies(Path(config.data.entropies))
+    scored.check_scored_by(str(config.pretrained_entropy_model), pretrained, config.data, config.training.row_bytes)
+    patching = config.model.patching
+    if patching.rule == "entropy" and patching.threshold_nats is not None:
+        scored.check_threshold(patching.threshold_nats)
+    return scored
+
+
+def _teacher(config: RunConfig, device: torch.device) -> EntropyModel | None:
+    """The entropy model that teaches this run's, if the config names one. Raises ValueError for one that cannot."""
+    if config.entropy_teacher is None:
+        return None
+    assert config.entropy_training is not None
+    teachers_config, found = load_entropy_model(model_folder(config.entropy_teacher))
+    if found is None:
+        raise ValueError(f"entropy_teacher {config.entropy_teacher} has no entropy model; name a model that has one")
+    if config.entropy_training.row_bytes > teachers_config.max_bytes:
+        raise ValueError(
+            f"entropy_training.row_bytes {config.entropy_training.row_bytes} exceeds the {teachers_config.max_bytes} "
+            f"positions that entropy_teacher {config.entropy_teacher} can read"
         )
     return found.to(device)
 
@@ -166,6 +200,7 @@ def _trained_entropy_model(
     run: Path,
     device: torch.device,
     held_out: corpus.ByteShard,
+    teacher: EntropyModel | None,
     optimise_job: Callable[[Job], None],
 ) -> EntropyModel | None:
     """This run's own entropy model; None for a patching rule that needs none."""
@@ -175,18 +210,31 @@ def _trained_entropy_model(
     entropy_model = EntropyModel(config.model.entropy_model)
     initialise(entropy_model, torch.Generator().manual_seed(config.entropy_training.seed))
     entropy_model.to(device)
-    optimise_job(_entropy_job(entropy_model, config, run, held_out))
+    optimise_job(_entropy_job(entropy_model, config, run, held_out, teacher))
     return entropy_model
 
 
-def _entropy_job(entropy_model: EntropyModel, config: RunConfig, run: Path, held_out: corpus.ByteShard) -> Job:
+def _entropy_job(
+    entropy_model: EntropyModel,
+    config: RunConfig,
+    run: Path,
+    held_out: corpus.ByteShard,
+    teacher: EntropyModel | None,
+) -> Job:
     training = config.entropy_training
     assert training is not None
     documents = held_out.sample(training.evaluation_bytes, seed=0)
     device = next(entropy_model.parameters()).device
 
-    def loss(rows: ByteIds) -> tuple[Tensor, int]:
-        return next_id_loss(entropy_model(rows[:, :-1]), rows[:, 1:]), 0
+    def loss(rows: ByteIds, entropies: Entropies | None) -> Loss:
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        logits = entropy_model(inputs)
+        nats = next_id_loss(logits, targets)
+        if teacher is None:
+            return Loss(nats, nats, patches=0)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            teacher_logits = teacher(inputs)
+        return Loss(distillation_loss(logits, teacher_logits, targets), nats, patches=0)
 
     def predict(ids: ByteIds) -> tuple[Tensor, None, PatchStarts]:
         return entropy_model(ids), None, torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool, device=device)
@@ -195,19 +243,28 @@ def _entropy_job(entropy_model: EntropyModel, config: RunConfig, run: Path, held
         total = total_score(score_documents(predict, documents, training.row_bytes, device))
         return {"valid_bits_per_byte": total.bits_per_byte}
 
-    flops = 3 * flops_per_byte(config.model, 4.0, training.row_bytes).entropy_model
+    flops = 3 * entropy_model_flops(entropy_model.config, training.row_bytes)
+    if teacher is not None:
+        flops += entropy_model_flops(teacher.config, training.row_bytes)
     state = run / "state" / "entropy_model"
     return Job(ENTROPY_MODEL, entropy_model, training, state, loss, evaluate, lambda: None, lambda mean_patch: flops)
 
 
-def _network_job(lm: LanguageModel, training: TrainingConfig, run: Path, held_out: corpus.ByteShard) -> Job:
+def _network_job(
+    lm: LanguageModel, training: TrainingConfig, run: Path, held_out: corpus.ByteShard, scored: EntropyCache | None
+) -> Job:
+    patching = lm.config.patching
+    if scored is not None and patching.rule == "entropy":
+        assert patching.threshold_nats is not None
+        scored.check_threshold(patching.threshold_nats)
     documents = held_out.sample(training.evaluation_bytes, seed=0)
 
-    def loss(rows: ByteIds) -> tuple[Tensor, int]:
+    def loss(rows: ByteIds, entropies: Entropies | None) -> Loss:
         inputs = rows[:, :-1]
-        starts = lm.patch_starts(inputs)
+        starts = lm.patch_starts(inputs) if entropies is None else patch_starts(inputs, entropies, patching)
         patches = int((starts[:, :-1] & (inputs >= BYTE_OFFSET)).sum())
-        return next_id_loss(lm.network(inputs, starts), rows[:, 1:]), patches
+        nats = next_id_loss(lm.network(inputs, starts), rows[:, 1:])
+        return Loss(nats, nats, patches)
 
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
@@ -219,10 +276,11 @@ def _network_job(lm: LanguageModel, training: TrainingConfig, run: Path, held_ou
         return figures | {"sample": sample.decode("utf-8", "replace")}
 
     def flops(mean_patch: float) -> float:
-        return flops_per_byte(lm.config, mean_patch, training.row_bytes).training
+        counted = flops_per_byte(lm.config, mean_patch, training.row_bytes)
+        return counted.training if scored is None else counted.training - counted.entropy_model
 
-    state = run / "state" / "network"
-    return Job(NETWORK, lm.network, training, state, loss, evaluate, lambda: lm.save(run / "model"), flops)
+    state, read = run / "state" / "network", None if scored is None else scored.entropies
+    return Job(NETWORK, lm.network, training, state, loss, evaluate, lambda: lm.save(run / "model"), flops, read)
 
 
 def _calibrated(
@@ -230,6 +288,7 @@ def _calibrated(
     entropy_model: EntropyModel | None,
     train_shard: corpus.ByteShard,
     held_out: corpus.ByteShard,
+    scored: EntropyCache | None,
     metrics: Metrics,
     reporter: Reporter,
 ) -> ModelConfig:
@@ -241,18 +300,25 @@ def _calibrated(
     device = next(entropy_model.parameters()).device
     row_bytes, target = config.training.row_bytes, config.calibration.target_patch_bytes
 
-    def rows_with_entropies(shard: corpus.ByteShard) -> tuple[ByteIds, Tensor]:
+    def rows_with_entropies(shard: corpus.ByteShard, scored: EntropyCache | None) -> tuple[ByteIds, Entropies]:
         rows_at_once = config.training.rows_per_step // config.training.micro_batches
         reader = corpus.BatchReader(shard, row_bytes, rows_at_once, seed=0)
         num_batches = -(-min(config.calibration.sample_bytes, shard.num_bytes) // (rows_at_once * row_bytes))
-        batches = [reader.next_batch()[:, :-1].to(device) for _ in range(num_batches)]
-        return torch.cat(batches), torch.cat([entropy_model.entropies(rows) for rows in batches])
+        batches, entropies = [], []
+        for _ in range(num_batches):
+            row_indices = reader.next_row_indices()
+            batches.append(corpus.rows_of(shard, row_indices, row_bytes)[:, :-1].to(device))
+            read = scored.entropies(row_indices).to(device) if scored else entropy_model.entropies(batches[-1])
+            entropies.append(read)
+        return torch.cat(batches), torch.cat(entropies)
 
-    rows, entropies = rows_with_entropies(train_shard)
+    rows, entropies = rows_with_entropies(train_shard, scored)
     threshold = threshold_for_patch_size(entropies, rows, patching, target)
+    if scored is not None and patching.rule == "entropy":
+        threshold = scored.edge_below(threshold)  # the same patches, here and from entropies that are not rounded
     patching = patching.model_copy(update={"threshold_nats": threshold})
     reached = mean_patch_bytes(rows, patch_starts(rows, entropies, patching))
-    rows, entropies = rows_with_entropies(held_out)
+    rows, entropies = rows_with_entropies(held_out, None)
     reached_held_out = mean_patch_bytes(rows, patch_starts(rows, entropies, patching))
     report = {"threshold_nats": threshold, "target_patch_bytes": target, "train_patch_bytes": reached}
     metrics.forget_after("calibration", -1)

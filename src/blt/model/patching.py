@@ -9,12 +9,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from blt.byte_ids import BYTE_OFFSET, EOS, VOCAB_SIZE, positions_in_document
 from blt.config import PatchingConfig
-from blt.shapes import ByteIds, Entropies, NewestClosedPatch, PatchIds, PatchLengths, PatchStarts, Segments
+from blt.shapes import (
+    ByteIds,
+    Entropies,
+    EntropyCodes,
+    EntropyEdges,
+    NewestClosedPatch,
+    PatchIds,
+    PatchLengths,
+    PatchStarts,
+    Segments,
+)
+
+MAX_ENTROPY = math.log(VOCAB_SIZE)  # nats
 
 
 def patch_starts(byte_ids: ByteIds, entropies: Entropies | None, config: PatchingConfig) -> PatchStarts:
@@ -28,6 +41,8 @@ def patch_starts(byte_ids: ByteIds, entropies: Entropies | None, config: Patchin
             raise ValueError(
                 f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first"
             )
+        if config.rounded_entropies:
+            entropies = rounded_up(entropies)
         starts = starts_above(entropies, config.threshold_nats, rises=config.rule == "entropy_rise")
         starts = starts | (positions < _always_starts(config))
     elif config.rule == "space":
@@ -51,6 +66,45 @@ def starts_above(entropies: Entropies, threshold_nats: float, rises: bool = Fals
     if rises:
         values[:, 1:] = entropies[:, 1:] - entropies[:, :-1]
     return values > threshold_nats
+
+
+def entropy_edges(threshold_nats: float | None = None) -> EntropyEdges:
+    """The entropies that a byte's codes tell apart: 254 even steps over [0, ln 260], and the threshold where one is given.
+
+    >>> edges = entropy_edges(threshold_nats=1.0)
+    >>> len(edges), 1.0 in edges.tolist()
+    (255, True)
+    """
+    edges = torch.arange(1, 255, dtype=torch.float64) * (MAX_ENTROPY / 255)
+    if threshold_nats is not None:
+        edges = torch.cat([edges, torch.tensor([threshold_nats], dtype=torch.float64)])
+    return edges.float().sort().values
+
+
+def entropy_codes(entropies: Entropies, edges: EntropyEdges) -> EntropyCodes:
+    """How many edges lie below each entropy, so that ``entropy > edges[j]`` is ``code > j``; entry 0, a nan, is left out.
+
+    >>> entropy_codes(torch.tensor([[float("nan"), 0.1, 1.0, 9.0]]), torch.tensor([0.5, 1.0])).tolist()
+    [[0, 1, 2]]
+    """
+    return torch.bucketize(entropies[:, 1:].contiguous(), edges).to(torch.uint8)
+
+
+def entropies_of_codes(codes: EntropyCodes, edges: EntropyEdges) -> Entropies:
+    """The highest entropy that has each code: every comparison with an edge comes out as that of what was encoded.
+
+    >>> entropies_of_codes(torch.tensor([[0, 1, 2]], dtype=torch.uint8), torch.tensor([0.5, 1.0])).tolist()
+    [[nan, 0.5, 1.0, inf]]
+    """
+    highest = F.pad(edges, (0, 1), value=math.inf)
+    return F.pad(highest[codes.long()], (1, 0), value=math.nan)
+
+
+def rounded_up(entropies: Entropies) -> Entropies:
+    """Entropies at the even edges, whether they were encoded before or not: what ``rounded_entropies`` compares."""
+    edges = torch.from_numpy(_ROUNDED).to(entropies.device)
+    rounded = edges[torch.bucketize(entropies, edges[:-1])]
+    return rounded.masked_fill(entropies.isnan(), math.nan)
 
 
 def starts_after_spaces(byte_ids: ByteIds) -> PatchStarts:
@@ -192,9 +246,11 @@ def step_patching(
     space_like = False
     if config.uses_entropies:
         assert next_entropy is not None and config.threshold_nats is not None
-        value = np.float32(next_entropy)
+        value, last = np.float32(next_entropy), np.float32(state.last_entropy)
+        if config.rounded_entropies:
+            value, last = (_ROUNDED[np.searchsorted(_ROUNDED[:-1], entropy)] for entropy in (value, last))
         if config.rule == "entropy_rise":
-            value -= np.float32(state.last_entropy)
+            value -= last
         starts = bool(value > np.float32(config.threshold_nats)) or position < _always_starts(config)
     elif config.rule == "space":
         space_like = bool(_IS_SPACE_LIKE[byte_id])
@@ -208,6 +264,7 @@ def step_patching(
     return PatchingState(starts, position, patch_bytes, last_entropy, space_like)
 
 
+_ROUNDED = np.append(entropy_edges().numpy(), np.float32(MAX_ENTROPY))
 _IS_SPACE_LIKE = is_space_like(torch.arange(VOCAB_SIZE)).tolist()
 
 

@@ -1,0 +1,238 @@
+"""The commands that use a model: ``blt evaluate``, ``generate``, ``patch``, ``flops``; and ``blt doctor``."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from blt.command_options import FROM_STDIN, Options, Output, Paths, print_flops, print_json, reporter_for
+
+if TYPE_CHECKING:
+    from blt.language_model import LanguageModel
+
+
+def evaluate(
+    model: str,
+    *,
+    data: Paths = None,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    window_bytes: int | None = None,
+    options: Options = Options(),
+) -> None:
+    """Bits per byte over whole files, patch statistics, and gzip -9 and xz -9e on the same bytes.
+
+    Parameters
+    ----------
+    model
+        A run folder, a folder in Hugging Face's blt format, or a hub id.
+    data
+        Files and folders, or stdlib. Default: the documents that the run held out.
+    raw
+        Take every file as one document of bytes.
+    window_bytes
+        Length of the overlapping windows; default: the rows the run trained on, else at most 4096.
+    """
+    from blt import corpus
+    from blt.evaluate import evaluate_inputs, evaluation_line
+
+    if window_bytes is not None and window_bytes < 2:
+        raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
+    lm = _load(model, options)
+    if data is None:
+        if not (Path(model) / "corpus").is_dir():
+            raise ValueError(f"{model} has no held-out documents of its own; give some with --data")
+        shard = corpus.open_shard(Path(model) / "corpus", "held_out")
+        inputs = {"held out": list(shard.documents())}
+    else:
+        inputs = {path: [document.data for document in corpus.read_documents([path], raw)] for path in data}
+    window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
+    with reporter_for(options) as reporter:
+        figures = evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
+    if options.json:
+        print_json(figures)
+        return
+    for name, of_input in figures["files"].items():
+        print(f"{name}: {of_input['bytes']:,} bytes, {evaluation_line(of_input)}")
+    if figures["empty_documents_skipped"]:
+        print(f"{figures['empty_documents_skipped']} empty documents skipped")
+    if len(figures["files"]) > 1:
+        print(f"all: {figures['bytes']:,} bytes, {evaluation_line(figures)}")
+
+
+def generate(
+    model: str,
+    prompt: str = "",
+    *,
+    max_bytes: int = 200,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Annotated[list[str] | None, Parameter(negative=())] = None,
+    utf8: Annotated[bool, Parameter(negative=())] = False,
+    speculate: int = 0,
+    compile_: Annotated[bool, Parameter(name="--compile", negative=())] = False,
+    raw: Annotated[bool, Parameter(negative=())] = False,
+    stats: Annotated[bool, Parameter(negative=())] = False,
+    options: Options = Options(),
+) -> None:
+    """Stream what a model writes after a prompt.
+
+    Parameters
+    ----------
+    prompt
+        The text to continue; - reads it from stdin.
+    max_bytes
+        At most this many new bytes.
+    temperature
+        0 takes the most probable byte each time.
+    top_k
+        Draw only from the k most probable bytes.
+    top_p
+        Draw only from the most probable bytes that together reach this probability.
+    min_p
+        Draw only from bytes at least this fraction as probable as the most probable.
+    stop
+        End before this text; may be repeated.
+    utf8
+        Never leave well-formed UTF-8.
+    speculate
+        Draft up to so many bytes at a time and verify them in one pass: the same text for greedy decoding.
+    compile_
+        Compile the steps: a minute at first, then about twice as fast.
+    raw
+        Write bytes as they are; without it, what is no UTF-8 shows as �.
+    stats
+        Say at the end, on stderr, what it cost.
+    """
+    from blt.generate import GenerationStats
+
+    lm = _load(model, options)
+    data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt
+    if len(data) > 20_000 and not options.quiet:
+        print(f"reading a prompt of {len(data):,} bytes", file=sys.stderr)
+    if compile_ and not options.quiet:
+        print("compiling: a minute or two the first time, seconds from then on", file=sys.stderr)
+    written, costs, started = bytearray(), GenerationStats(), time.perf_counter()
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "utf8": utf8,
+    }
+    sampling |= {"seed": options.seed or 0, "stop": ["-" if word == FROM_STDIN else word for word in stop or ()]}
+    pieces = lm.stream(data, max_bytes, speculate=speculate, compiled=compile_, stats=costs, **sampling)
+    for piece in pieces:
+        written += piece
+        if not options.json:
+            sys.stdout.buffer.write(piece if raw else piece.decode("utf-8", "replace").encode())
+            sys.stdout.buffer.flush()
+    seconds = time.perf_counter() - started
+    if options.json:
+        figures = {"text": written.decode("utf-8", "replace"), "bytes": written.hex(), "new_bytes": len(written)}
+        figures |= {"seconds": seconds, "bytes_per_second": len(written) / seconds, "latent_calls": costs.latent_calls}
+        if speculate:
+            figures |= {"accepted_bytes": costs.accepted_bytes, "drafted_bytes": costs.drafted_bytes}
+        print_json(figures)
+    elif not raw:
+        print()
+    if stats:
+        print(f"{len(written)} bytes in {seconds:.2f} s, {costs.summary(len(written), seconds)}", file=sys.stderr)
+
+
+def patch(
+    model: str,
+    text: Annotated[str, Parameter(show_default=False)] = FROM_STDIN,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    options: Options = Options(),
+) -> None:
+    """Show how a model cuts a text: entropies under the bytes, | where patches start.
+
+    Parameters
+    ----------
+    text
+        The text; - (the default) reads it from stdin.
+    output
+        Write a picture instead: .svg, .png, .html or .json.
+    """
+    from blt.report import patched_text, save_picture, terminal_lines
+
+    data: str | bytes = sys.stdin.buffer.read() if text == FROM_STDIN else text
+    if not data:
+        raise ValueError("there is no text to patch; give some, or - to read it from stdin")
+    patched = patched_text(_load(model, options), data)
+    if output is not None:
+        save_picture(patched, output)
+    if options.json:
+        print_json(patched.as_json())
+    elif output is None:
+        print("\n".join(terminal_lines(patched, shutil.get_terminal_size().columns)))
+        print(f"\n{len(patched.data)} bytes, {len(patched.patches)} patches of {patched.mean_patch_bytes:.2f} bytes")
+
+
+def flops(
+    config: str,
+    *,
+    patch_bytes: float | None = None,
+    context_bytes: int | None = None,
+    options: Output = Output(),
+) -> None:
+    """Parameters, FLOPs per byte by part (the paper's eq. 13-17, and the entropy model), memory.
+
+    Parameters
+    ----------
+    config
+        A .toml file, a preset's name, or a model.
+    patch_bytes
+        Mean bytes per patch; default: the rule's own where it is fixed, else 4.5.
+    context_bytes
+        Length of the text; default: all that the model can hold.
+    """
+    from blt.config import preset_names, read_run_config
+    from blt.flops import summary
+
+    if Path(config).is_file() or config in preset_names() or config.endswith(".toml"):
+        model_config = read_run_config(config).model
+    else:
+        from blt.huggingface import read_model_config
+        from blt.language_model import model_folder
+
+        model_config = read_model_config(model_folder(config))
+    context = context_bytes or model_config.max_bytes
+    counted = summary(model_config, patch_bytes or model_config.patching.patch_bytes or 4.5, context)
+    if options.json:
+        print_json(counted)
+    else:
+        print_flops(counted)
+
+
+def doctor(*, options: Output = Output()) -> None:
+    """What this machine offers, what is missing, and how to get it."""
+    from blt.doctor import checks
+
+    found = checks()
+    if options.json:
+        print_json({check.name: {"found": check.found, "fix": check.fix} for check in found})
+        return
+    width = max(len(check.name) for check in found)
+    for check in found:
+        print(f"{check.name:{width}}  {check.found}" + (f"   -> {check.fix}" if check.fix else ""))
+
+
+def _load(model: str, options: Options) -> "LanguageModel":
+    from blt.language_model import load
+
+    return load(model, device=options.device, dtype=options.dtype)
+
+
+def _trained_row_bytes(model: str) -> int | None:
+    """The length of the rows a run was trained on; None for a model that is no run here."""
+    from blt.config import read_run_config
+
+    config_file = Path(model) / "config.toml"
+    return read_run_config(config_file).training.row_bytes if config_file.is_file() else None
