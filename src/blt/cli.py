@@ -48,6 +48,7 @@ class Options(Output):
     "Of everything that is drawn at random; default: the config's, else 0."
 
 
+EntropyKind = Annotated[Literal["transformer", "ngram"], Parameter(help="A network, or n-gram counts.")]
 Paths = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 
 
@@ -66,7 +67,9 @@ def doctor(*, options: Output = Output()) -> None:
 
 
 @app.command
-def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None:
+def demo(
+    *, out: Path = Path("runs/demo"), entropy_model: EntropyKind = "transformer", options: Options = Options()
+) -> None:
     """The main job at small scale: trains on Python's own library, evaluates, writes text, draws the picture.
 
     A demo that was interrupted goes on where it stopped.
@@ -75,7 +78,8 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
     from blt.evaluate import evaluation_line
     from blt.report import patched_text, terminal_lines
 
-    config = _with_options(read_run_config("demo"), options)
+    counted = ['model.entropy_model={kind="ngram"}', "entropy_training=none"]
+    config = _with_options(read_run_config("demo", counted if entropy_model == "ngram" else ()), options)
     lm, evaluation = _train(config, out, options, resume=True)
     prompt = b"def read_lines(path):\n"
     sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.9, seed=options.seed or 0))
@@ -186,6 +190,7 @@ def evaluate(
     """
     from blt import corpus
     from blt.evaluate import evaluate_inputs, evaluation_line
+    from blt.progress import Reporter
 
     if window_bytes is not None and window_bytes < 2:
         raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
@@ -198,7 +203,7 @@ def evaluate(
     else:
         inputs = {path: [document.data for document in corpus.read_documents([path], raw)] for path in data}
     window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
-    with _reporter(options) as reporter:
+    with Reporter(options.quiet) as reporter:
         figures = evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
     if options.json:
         _print_json(figures)
@@ -398,9 +403,10 @@ def _with_options(config: "RunConfig", options: Options) -> "RunConfig":
 
 def _train(config: "RunConfig", run: Path, options: Options, resume: bool) -> tuple["LanguageModel", dict[str, Any]]:
     from blt.language_model import pick_device
+    from blt.progress import Reporter
     from blt.train import train_and_report
 
-    with _reporter(options) as reporter:
+    with Reporter(options.quiet) as reporter:
         return train_and_report(config, run, pick_device(options.device), resume, reporter)
 
 
@@ -416,12 +422,6 @@ def _trained_row_bytes(model: str) -> int | None:
 
     config_file = Path(model) / "config.toml"
     return read_run_config(config_file).training.row_bytes if config_file.is_file() else None
-
-
-def _reporter(options: Options) -> Any:
-    from blt.progress import Reporter
-
-    return Reporter(options.quiet)
 
 
 def _print_flops(counted: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from blt.config import (
 )
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
+from blt.model.ngram_entropy_model import NgramEntropyModel
 
 HF_PAD = 3
 # Models that transformers' class cannot express: config.json holds our ModelConfig, and the weights have a name that no
@@ -105,13 +106,16 @@ def inexpressible(config: ModelConfig) -> list[str]:
         reasons.append(f"patching rule {config.patching.rule!r}")
     elif config.patching.threshold_nats is None:
         reasons.append("a threshold that is not calibrated yet")
-    if config.entropy_model is not None and config.entropy_model.reset_at_newline:
+    entropy_model = config.entropy_model
+    if entropy_model is not None and entropy_model.kind == "ngram":
+        reasons.append("an entropy model of n-gram statistics")
+    elif entropy_model is not None and entropy_model.reset_at_newline:
         reasons.append("an entropy context that is reset at newlines")
     if config.local_encoder.window_positions != config.local_decoder.window_positions:
         reasons.append("different windows in local encoder and decoder")
     if config.local_encoder.window_positions is None or config.latent.window_positions is not None:
         reasons.append("windows other than a local one")
-    if config.entropy_model is not None and config.entropy_model.window_positions is None:
+    if entropy_model is not None and entropy_model.kind == "transformer" and entropy_model.window_positions is None:
         reasons.append("an entropy model without a window")
     return reasons
 
@@ -120,7 +124,7 @@ def to_config_json(config: ModelConfig) -> dict[str, Any]:
     """The contents of config.json."""
     if inexpressible(config):
         return {"model_type": OWN_MODEL_TYPE, "model": config.model_dump(mode="json", exclude_none=True)}
-    assert config.entropy_model is not None
+    assert config.entropy_model is not None and config.entropy_model.kind == "transformer"
     encoder, decoder, latent, k = config.local_encoder, config.local_decoder, config.latent, config.slots_per_patch
     local = {"vocab_size": VOCAB_SIZE, "cross_attn_k": k, "hidden_size_global": latent.width}
     longest = config.max_bytes
@@ -201,7 +205,10 @@ def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
 
 
 def save_model(
-    folder: Path, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer
+    folder: Path,
+    config: ModelConfig,
+    entropy_model: EntropyModel | NgramEntropyModel | None,
+    network: ByteLatentTransformer,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,14 +231,21 @@ def save_model(
         write_whole(folder / name, json.dumps(values, indent=2) + "\n")
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyModel | None, ByteLatentTransformer]:
-    """A model from a folder in this format, the network in ``dtype``, the entropy model always in fp32.
+def load_model(
+    folder: Path, dtype: torch.dtype
+) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None, ByteLatentTransformer]:
+    """A model from a folder in this format, the network in ``dtype``, the entropy model always in fp32 or whole numbers.
 
     Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
     """
     config = read_model_config(folder)
     with torch.device("meta"):
-        entropy_model = EntropyModel(config.entropy_model) if config.entropy_model else None
+        entropy_model: EntropyModel | NgramEntropyModel | None = None
+        if config.entropy_model is not None:
+            if config.entropy_model.kind == "ngram":
+                entropy_model = NgramEntropyModel(config.entropy_model)
+            else:
+                entropy_model = EntropyModel(config.entropy_model)
         network = ByteLatentTransformer(config)
     expected = {weight_name(name): weight for name, weight in named_weights(entropy_model, network).items()}
     found: dict[str, Tensor] = {}
@@ -244,7 +258,10 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyMo
         )
     for module, prefix, kept in ((entropy_model, "entropy_model.", torch.float32), (network, "network.", dtype)):
         if module is not None:
-            state = {name: found[weight_name(prefix + name)].to(kept) for name in module.state_dict()}
+            state = {
+                name: found[weight_name(prefix + name)].to(kept if weight.is_floating_point() else weight.dtype)
+                for name, weight in module.state_dict().items()
+            }
             module.load_state_dict(state, assign=True)
     return config, entropy_model, network
 

@@ -14,13 +14,22 @@ from torch import Tensor
 from blt import corpus
 from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import saved_steps, write_whole
-from blt.config import ModelConfig, RunConfig, TrainingConfig, read_run_config, to_toml
+from blt.config import (
+    EntropyModelConfig,
+    ModelConfig,
+    NgramEntropyModelConfig,
+    RunConfig,
+    TrainingConfig,
+    read_run_config,
+    to_toml,
+)
 from blt.evaluate import evaluate_inputs, score_documents, total_score
 from blt.flops import flops_per_byte
 from blt.huggingface import load_model
 from blt.language_model import LanguageModel, model_folder
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
+from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
 from blt.optimise import Job, Metrics, next_id_loss, optimise, stop_after_this_step
@@ -31,6 +40,7 @@ from blt.shapes import ByteIds, PatchStarts
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
 REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
+COUNTED_BYTES = 1 << 20  # of training text at a time, for n-gram statistics
 
 
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
@@ -61,8 +71,12 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
         if saved_steps(network_state):
             lm = LanguageModel(*load_model(run / "model", torch.float32)).to(device)
         else:
-            entropy_model = pretrained or _trained_entropy_model(config, run, device, held_out, optimise_job)
-            model_config = _calibrated(config, entropy_model, train_shard, held_out, metrics, reporter)
+            entropy_model = pretrained
+            if entropy_model is None and isinstance(config.model.entropy_model, NgramEntropyModelConfig):
+                entropy_model = fit_ngrams(config.model.entropy_model, train_shard, metrics, reporter).to(device)
+            elif entropy_model is None and config.model.entropy_model is not None:
+                entropy_model = _trained_entropy_model(config, run, device, held_out, optimise_job)
+            model_config = _calibrated(config, entropy_model, device, train_shard, held_out, metrics, reporter)
             network = ByteLatentTransformer(model_config)
             initialise(network, torch.Generator().manual_seed(config.training.seed))
             lm = LanguageModel(model_config, entropy_model, network.to(device))
@@ -103,6 +117,39 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
             f"{summary.documents['held_out']:,}, {summary.bytes['held_out'] / 1e6:.2f} MB held out{skipped}"
         )
     return corpus.open_shard(folder, "train"), corpus.open_shard(folder, "held_out")
+
+
+def fit_ngrams(
+    config: NgramEntropyModelConfig, shard: corpus.ByteShard, metrics: Metrics, reporter: Reporter
+) -> NgramEntropyModel:
+    """The n-gram statistics of all text of a shard, from one pass over it; the same text gives the same tables."""
+    counts, started = NgramCounts(config), time.perf_counter()
+    shown = started
+    for text, document_starts in shard.stretches(COUNTED_BYTES):
+        counts.add(text, document_starts)
+        if (now := time.perf_counter()) - shown > 5:
+            shown, megabytes = (
+                now,
+                f"{counts.num_bytes / 1e6:.2f} MB  {counts.num_bytes / 1e6 / (now - started):.1f} MB/s",
+            )
+            reporter.show(ENTROPY_MODEL, counts.num_bytes, shard.num_bytes, megabytes)
+    model, seconds = counts.model(), time.perf_counter() - started
+    contexts = {str(order): counts.num_contexts(order) for order in range(EXACT_ORDER, config.max_order + 1)}
+    metrics.forget_after(ENTROPY_MODEL, -1)
+    metrics.write(
+        {
+            "phase": ENTROPY_MODEL,
+            "step": 0,
+            "bytes_seen": counts.num_bytes,
+            "train_seconds": seconds,
+            "contexts": contexts,
+        }
+    )
+    reporter.say(
+        f"{ENTROPY_MODEL}: n-grams of {counts.num_bytes / 1e6:.2f} MB counted in {seconds:.1f} s, contexts of "
+        f"{config.max_order} bytes fill {counts.num_contexts(config.max_order) / 2**config.table_bits:.0%} of their table"
+    )
+    return model
 
 
 def resolve_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfig:
@@ -160,7 +207,7 @@ def _without_dtypes(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"training": {"dtype"}, "entropy_training": {"dtype"}})
 
 
-def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | None:
+def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | NgramEntropyModel | None:
     """The entropy model of the model that the config names, if it does. Raises ValueError for one of another shape."""
     if config.pretrained_entropy_model is None:
         return None
@@ -179,11 +226,9 @@ def _trained_entropy_model(
     device: torch.device,
     held_out: corpus.ByteShard,
     optimise_job: Callable[[Job], None],
-) -> EntropyModel | None:
-    """This run's own entropy model; None for a patching rule that needs none."""
-    if config.model.entropy_model is None:
-        return None
-    assert config.entropy_training is not None
+) -> EntropyModel:
+    """This run's own entropy model."""
+    assert isinstance(config.model.entropy_model, EntropyModelConfig) and config.entropy_training is not None
     entropy_model = EntropyModel(config.model.entropy_model)
     initialise(entropy_model, torch.Generator().manual_seed(config.entropy_training.seed))
     entropy_model.to(device)
@@ -239,7 +284,8 @@ def _network_job(lm: LanguageModel, training: TrainingConfig, run: Path, held_ou
 
 def _calibrated(
     config: RunConfig,
-    entropy_model: EntropyModel | None,
+    entropy_model: EntropyModel | NgramEntropyModel | None,
+    device: torch.device,
     train_shard: corpus.ByteShard,
     held_out: corpus.ByteShard,
     metrics: Metrics,
@@ -250,7 +296,6 @@ def _calibrated(
     if not patching.uses_entropies or patching.threshold_nats is not None:
         return config.model
     assert entropy_model is not None
-    device = next(entropy_model.parameters()).device
     row_bytes, target = config.training.row_bytes, config.calibration.target_patch_bytes
 
     def rows_with_entropies(shard: corpus.ByteShard) -> tuple[ByteIds, Tensor]:
