@@ -8,12 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from naive import continuations, language_model, random_prompts
 from safetensors.torch import load, save
+from tiny import random_row
 from torch import Tensor
 
 from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, encode
 from blt.config import NgramEntropyModelConfig
-from blt.model.ngram_entropy_model import BLOCK, DOUBTS_PER_NAT, NgramCounts, NgramEntropyModel
+from blt.incremental import Networks, prefill, step
+from blt.language_model import LanguageModel
+from blt.model.ngram_entropy_model import BLOCK, DOUBTS_PER_NAT, MOST_ON_HOST, NgramCounts, NgramEntropyModel
+from blt.report import patched_text
 
 CONFIG = NgramEntropyModelConfig(kind="ngram", max_order=8, table_bits=16, backoff=2.0)
 DOCUMENTS = [b"the cat sat on the mat; the cat ate. " * 3, b"x", b"a hat on the cat\n" * 2, b"th", b"the mat sat"]
@@ -166,3 +171,73 @@ def test_tables_are_kept_by_safetensors_and_stay_whole_numbers() -> None:
     assert again.entropies(ids)[:, 1:].equal(MODEL.entropies(ids)[:, 1:])
     assert again.slots.dtype == torch.int16 and again.pair_doubts.dtype == torch.int32
     assert not list(again.parameters())
+
+
+# in a whole model
+
+
+def random_model(rule: str, seed: int = 0) -> LanguageModel:
+    tables = NgramEntropyModelConfig(kind="ngram", max_order=3 + seed % 6, table_bits=10)
+    return language_model(rule, seed, entropy_model=tables)
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+@pytest.mark.parametrize("rule", ["entropy", "entropy_rise"])
+def test_generation_is_naive_generation_byte_for_byte(rule: str, speculate: int) -> None:
+    lm = random_model(rule)
+    prompts = random_prompts(6, seed=1)
+    expected = continuations(lm, prompts, 15)
+    found = lm.generate(prompts, 15, speculate=speculate)
+    sure = [row for row, text in enumerate(expected) if text is not None]
+    assert len(sure) > 2
+    assert [found[row] for row in sure] == [expected[row] for row in sure]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rule", ["entropy", "entropy_rise"])
+def test_read_in_any_blocks_a_row_has_the_patches_of_the_whole_row(rule: str, seed: int) -> None:
+    lm = random_model(rule, seed)
+    row = random_row(3 * MOST_ON_HOST, seed, eos_at=(5, 9, MOST_ON_HOST + 20))
+    starts, ids = lm.patch_starts(row)[0], row[0].tolist()
+    networks = Networks(lm.config, lm.entropy_model, lm.network)
+    state, read = None, 0
+    for block in (1, 2, 7, MOST_ON_HOST + 5, MOST_ON_HOST, 1, 1, len(ids)):
+        if state is None:
+            state, _ = prefill(networks, ids[:block])
+        elif ids[read : read + block]:
+            step(networks, state, [ids[read : read + block]])
+        read += block
+        standing = state.rows[0].standing
+        assert standing.num_patches == int(starts[1 : standing.num_ids + 1].sum())
+        assert standing.patching.next_starts == bool(starts[standing.num_ids])
+        assert not math.isnan(standing.patching.last_entropy)
+
+
+def test_rows_that_are_read_together_are_as_each_alone() -> None:
+    lm = random_model("entropy", seed=3)
+    prompts = random_prompts(5, seed=2)
+    together = lm.generate(prompts, 12, temperature=1.0, seed=5)
+    assert together == [lm.generate(p, 12, temperature=1.0, seed=5 + row) for row, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("rule", ["entropy", "entropy_rise"])
+def test_a_text_beyond_the_models_limit_is_cut_as_one_document(rule: str) -> None:
+    lm = random_model(rule, seed=1)
+    text = bytes(random_row(3000, seed=0).clamp(min=4).sub(4).flatten().tolist())
+    starts = lm.text_patch_starts(text)
+    assert starts.shape == (1, len(text) + 2) and len(text) > lm.config.max_bytes
+    short = lm.config.max_bytes - 1
+    assert lm.text_patch_starts(text[:short]).equal(lm.patch_starts(lm.encode(text[:short])))
+    assert starts[:, :short].equal(lm.text_patch_starts(text[:short])[:, :short])
+    assert b"".join(lm.patches(text)) == text and len(lm.patches(text)) == int(starts[0, 1:-1].sum())
+    assert lm.patches(b"") == []
+
+
+def test_a_model_has_entropies_and_a_picture_but_no_bits_of_its_entropy_model() -> None:
+    lm = random_model("entropy")
+    score = lm.score("some text")
+    assert score.entropy_model_bits_per_byte is None and score.bits_per_byte > 0
+    logits, entropy_logits, starts = lm.predict(lm.encode("text"))
+    assert entropy_logits is None and logits.shape == (1, 5, 260) and starts.equal(lm.patch_starts(lm.encode("text")))
+    text = patched_text(lm, "some text")
+    assert text.entropies_nats == lm.entropies(lm.encode("some text"))[0, 1:-1].tolist()
