@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -59,41 +59,38 @@ class NgramEntropyModel(nn.Module):
         """Doubt about each id given the ids before it, in nats; entry 0 is nan, the last is about the unknown next id."""
         batch, num_bytes = byte_ids.shape
         rows = F.pad((byte_ids - BYTE_OFFSET).clamp_(min=0).to(torch.uint8), (REACH, 0))
-        ends_of_documents = F.pad(byte_ids == EOS, (REACH, 0)).flatten().nonzero().flatten() + 1 - REACH
-        doubts = self._doubts(rows.flatten(), ends_of_documents)
-        doubts = F.pad(doubts, (0, REACH - 1)).view(batch, num_bytes + REACH)[:, : num_bytes + 1]
-        entropies = doubts.float() / DOUBTS_PER_NAT
+        starts = F.pad(byte_ids == EOS, (REACH, 0)).flatten().nonzero().flatten() + 1 - REACH
+        entropies = F.pad(self._flat_entropies(rows.flatten(), starts), (0, REACH - 1))
+        entropies = entropies.view(batch, num_bytes + REACH)[:, : num_bytes + 1].clone()
         entropies[:, 0] = float("nan")
         return entropies
 
     def text_entropies(self, text: Text) -> Entropies:
         """``entropies`` of one row, BOS and then this text of any length, without making ids of it."""
-        doubts = self._doubts(F.pad(text, (REACH + 1, 0)), text.new_zeros(0, dtype=torch.long))
-        entropies = doubts.float().div_(DOUBTS_PER_NAT)
+        entropies = self._flat_entropies(F.pad(text, (REACH + 1, 0)), text.new_zeros(0, dtype=torch.long))
         entropies[0] = float("nan")
         return entropies[None]
 
-    def _doubts(self, padded: Text, starts: Starts) -> Doubts:
+    def _flat_entropies(self, padded: Text, starts: Starts) -> Float32[Tensor, " position"]:
         """Of each position that has ``REACH`` bytes before it, and of the one behind the last."""
         number = len(padded) - REACH + 1
-        doubts = torch.empty(number, dtype=torch.int32, device=padded.device)
+        entropies = torch.empty(number, dtype=torch.float32, device=padded.device)
         for begin in range(0, number, BLOCK):
-            end = min(begin + BLOCK, number)
-            newer, older = context_words(padded[begin : end + REACH - 1])
+            newer, older = context_words(padded[begin : begin + BLOCK + REACH - 1])
             if len(starts):
                 newer, older = cut_at_starts(newer, older, starts - begin)
-            self._look_up(newer, older, doubts[begin:end])
-        return doubts
+            entropies[begin : begin + BLOCK].copy_(self._doubts(newer, older)).mul_(1 / DOUBTS_PER_NAT)
+        return entropies
 
-    def _look_up(self, newer: Words, older: Words, doubts: Doubts) -> None:
-        torch.index_select(
-            self.pair_doubts, 0, context_index(newer, older, EXACT_ORDER, self.config.table_bits), out=doubts
-        )
+    def _doubts(self, newer: Words, older: Words) -> Doubts:
+        bits = self.config.table_bits
+        doubts = self.pair_doubts.index_select(0, context_index(newer, older, EXACT_ORDER, bits))
         for order, slots in enumerate(self.slots, EXACT_ORDER + 1):
-            found = slots.index_select(0, context_index(newer, older, order, self.config.table_bits)).int()
+            found = slots.index_select(0, context_index(newer, older, order, bits)).int()
             confidence = (found >> 8).bitwise_and_(0xFF)
             towards = found.bitwise_and_(0xFF).bitwise_left_shift_(FRACTION_BITS).sub_(doubts)
             doubts += towards.mul_(confidence).bitwise_right_shift_(8)
+        return doubts
 
     def extend(self, ids: Sequence[int], new: int, tables: "HostTables") -> list[float]:
         """Nats of doubt after each of the last ``new`` of these ids, before which the row's last ``REACH`` stand.
