@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from blt.config import RunConfig
 from blt.language_model import load
 
 Blt = Callable[..., Any]
@@ -431,6 +432,22 @@ def test_a_path_may_hold_any_character(tiny_toml: Path, tmp_path: Path, blt_comm
     text.write_text("some text\n" * 300)
     shown = blt_command("train", tiny_toml, "--data", text, "--dry-run", "--json")
     assert shown.json["data"]["paths"] == [str(text)]
+
+
+def test_the_demo_trains_with_the_entropy_model_that_is_asked_for(
+    blt_command: Blt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(config: RunConfig, *_: object, **__: object) -> None:
+        asked.append((config.model.entropy_model.kind, config.entropy_training is not None))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("blt.cli._train", refuse)
+    for option in ([], ["--entropy-model", "transformer"], ["--entropy-model", "ngram"]):
+        assert blt_command("demo", *option).code == 1
+    assert asked == [("transformer", True), ("transformer", True), ("ngram", False)]
+    assert blt_command("demo", "--entropy-model", "bigram").code == 2
 
 
 def test_resuming_what_is_not_there_is_refused(tiny_toml: Path, tmp_path: Path, blt_command: Blt) -> None:

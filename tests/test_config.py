@@ -157,6 +157,16 @@ def test_a_value_of_another_type_is_refused_not_converted(place: str, value: Any
             {"model.entropy_model": None, "model.patching.rule": "space"},
             "without one, neither",
         ),
+        ({"model.entropy_model": {"kind": "ngram"}}, "counted, not trained; leave \\[entropy_training\\] out"),
+        ({"model.entropy_model.kind": "bigram"}, "entropy_model: kind must be one of transformer, ngram, got 'bigram'"),
+        ({"model.entropy_model": {"kind": "ngram", "width": 8}}, "toml: model.entropy_model.width: unknown key"),
+        (
+            {"model.entropy_model": {"kind": "ngram", "max_order": 2}},
+            "toml: model.entropy_model.max_order: Input should",
+        ),
+        ({"model.entropy_model": {"kind": "ngram", "table_bits": 25}}, "table_bits: Input should be less"),
+        ({"model.entropy_model": {"kind": "ngram", "backoff": 0.0}}, "backoff: Input should be greater than 0"),
+        ({"model.entropy_model.table_bits": 9}, "toml: model.entropy_model.table_bits: unknown key"),
     ],
 )
 def test_what_could_only_fail_later_is_refused_with_its_place(

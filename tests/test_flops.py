@@ -8,6 +8,7 @@ from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
     ModelConfig,
+    NgramEntropyModelConfig,
     PatchingConfig,
     TransformerConfig,
     read_run_config,
@@ -22,6 +23,7 @@ from blt.flops import (
     transformer_flops,
     weight_bytes,
 )
+from blt.model.ngram_entropy_model import NgramEntropyModel
 
 TINY = ModelConfig(
     entropy_model=EntropyModelConfig(num_layers=1, width=4, num_heads=2, ffn_width=6, window_positions=3),
@@ -122,6 +124,21 @@ def test_a_model_without_an_entropy_model_pays_nothing_for_one() -> None:
     assert flops.inference == flops.network == flops_per_byte(TINY, 4, 20).network
     assert flops.training == 3 * flops.inference
     assert parameter_counts(config)["total"] == parameter_counts(TINY)["network"]
+    assert cache_bytes_per_byte(config, 4, 20)["entropy_model"] == 0
+
+
+def test_ngram_statistics_cost_memory_and_no_flops() -> None:
+    ngrams = NgramEntropyModelConfig(kind="ngram", max_order=4, table_bits=10)
+    config = TINY.model_copy(update={"entropy_model": ngrams})
+    counts = parameter_counts(config)
+    assert counts["entropy_model"] == 256 * 256 + 2 * 1024
+    assert counts["network"] == parameter_counts(TINY)["network"]
+    tables = NgramEntropyModel(ngrams).state_dict().values()
+    assert sum(table.numel() for table in tables) == counts["entropy_model"]
+    size = sum(table.nbytes for table in tables)
+    assert weight_bytes(config, 2) - 2 * counts["network"] == weight_bytes(config, 4) - 4 * counts["network"] == size
+    assert training_bytes(config) == 16 * counts["network"] + size
+    assert flops_per_byte(config, 4, 20).entropy_model == 0
     assert cache_bytes_per_byte(config, 4, 20)["entropy_model"] == 0
 
 

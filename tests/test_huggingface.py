@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import SHAPE, random_models, random_row, randomise, threshold_between, tiny_config
+from tiny import (
+    SHAPE,
+    random_entropy_model,
+    random_models,
+    random_row,
+    randomise,
+    threshold_between,
+    tiny_config,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BltConfig, BltForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -21,6 +29,7 @@ from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
     ModelConfig,
+    NgramEntropyModelConfig,
     PatchingConfig,
     TransformerConfig,
 )
@@ -223,6 +232,10 @@ INEXPRESSIBLE = {
         "windows other than a local one",
         tiny_config(latent=TransformerConfig(num_layers=1, width=32, num_heads=4, ffn_width=40, window_positions=5)),
     ),
+    "ngrams": (
+        "an entropy model of n-gram statistics",
+        tiny_config(entropy_model=NgramEntropyModelConfig(kind="ngram", max_order=4, table_bits=8)),
+    ),
     "no_entropy_window": (
         "an entropy model without a window",
         tiny_config(entropy_model=entropy_model(1, window_positions=None)),
@@ -234,10 +247,8 @@ ALL_CONFIGS = CONFIGS | {name: config for name, (_, config) in INEXPRESSIBLE.ite
 def save_random(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """The weights, under our names, of a random model that is written to the folder."""
     network = ByteLatentTransformer(config)
-    entropy_model = None if config.entropy_model is None else EntropyModel(config.entropy_model)
-    for seed, module in enumerate((network, entropy_model)):
-        if module is not None:
-            randomise(module, seed)
+    randomise(network, seed=0)
+    entropy_model = None if config.entropy_model is None else random_entropy_model(config.entropy_model, seed=1)
     save_model(folder, config, entropy_model, network)
     return named_weights(entropy_model, network)
 
@@ -291,6 +302,15 @@ def test_weights_that_transformers_splits_over_files_are_read_from_all_of_them(t
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
     _, entropy_model, network = load_model(tmp_path / "split", torch.float32)
     assert_equal_weights(named_weights(entropy_model, network), weights)
+
+
+def test_tables_of_ngrams_are_loaded_as_whole_numbers_whatever_the_dtype(tmp_path: Path) -> None:
+    weights = save_random(tmp_path, INEXPRESSIBLE["ngrams"][1])
+    _, entropy_model, network = load_model(tmp_path, torch.bfloat16)
+    assert entropy_model is not None
+    for name, table in entropy_model.state_dict().items():
+        assert table.equal(weights[f"entropy_model.{name}"]) and not table.is_floating_point()
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
 
 
 def test_only_the_network_is_loaded_in_a_narrow_dtype(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training: the loss falls, and a run that stops at any moment goes on as if it had not."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,60 @@ def test_a_run_stopped_at_any_step_resumes_to_the_bit(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(resumed)[name]), name
+
+
+def with_ngrams(config: RunConfig, **changes: Any) -> RunConfig:
+    """The same run with n-gram statistics instead of the transformer."""
+    values = config.model_dump() | {"entropy_training": None} | changes
+    values["model"]["entropy_model"] = {"kind": "ngram", "max_order": 4, "table_bits": 10, "backoff": 4.0}
+    return RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("stop_after", [1, 12])
+def test_a_run_with_ngram_statistics_resumes_to_the_bit(
+    stop_after: int, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_ngrams(run_config(text_file))
+    whole = run(config, tmp_path / "whole")
+    stopping = contextlib.nullcontext(StopAfter(stop_after))
+    with monkeypatch.context() as patched:
+        patched.setattr(blt.train, "stop_after_this_step", lambda: stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "cut")
+    resumed = run(config, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
+    reports = Metrics(tmp_path / "cut" / "metrics.jsonl").read()
+    (counted,) = [report for report in reports if report["phase"] == "entropy model"]
+    assert counted["bytes_seen"] == open_shard(tmp_path / "cut" / "corpus", "train").num_bytes
+    assert counted["contexts"].keys() == {"2", "3", "4"} and counted["train_seconds"] > 0
+
+
+def test_ngram_statistics_that_are_counted_again_are_the_same(text_file: Path, tmp_path: Path) -> None:
+    """A run that dies before its network has a state counts its text once more."""
+    config = with_ngrams(run_config(text_file))
+    first = run(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "state")
+    again = run(config, tmp_path / "run", resume=True)
+    for name, weight in weights_of(first).items():
+        assert torch.equal(weight, weights_of(again)[name]), name
+    phases = [report["phase"] for report in Metrics(tmp_path / "run" / "metrics.jsonl").read()]
+    assert phases.count("entropy model") == 1
+
+
+def test_a_model_with_ngram_statistics_is_the_same_on_disk_and_gives_them_to_other_runs(
+    text_file: Path, tmp_path: Path
+) -> None:
+    lm = run(with_ngrams(run_config(text_file)), tmp_path / "run")
+    again = load(tmp_path / "run", device="cpu")
+    assert again.config == lm.config
+    for name, weight in weights_of(lm).items():
+        assert torch.equal(weight, weights_of(again)[name]), name
+    assert lm.generate("value = ", 20) == again.generate("value = ", 20)
+    taken = with_ngrams(run_config(text_file), pretrained_entropy_model=str(tmp_path / "run"))
+    other = run(taken, tmp_path / "other")
+    assert weights_of(other)["entropy.slots"].equal(weights_of(lm)["entropy.slots"])
 
 
 def test_gradient_accumulation_changes_the_memory_and_not_the_loss(text_file: Path, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
     ModelConfig,
+    NgramEntropyModelConfig,
     PatchingConfig,
     TransformerConfig,
 )
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
+from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.transformer import initialise
 
 SHAPE: dict[str, Any] = {"width": 16, "num_heads": 2, "ffn_width": 24}
@@ -38,13 +40,26 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({**dict(config), **changes})
 
 
-def random_models(config: ModelConfig, seed: int = 0) -> tuple[EntropyModel, ByteLatentTransformer]:
+def random_models(config: ModelConfig, seed: int = 0) -> tuple[EntropyModel | NgramEntropyModel, ByteLatentTransformer]:
     """The config's entropy model and network; norms differ from 1 and embeddings are as large as what is added to them."""
     assert config.entropy_model is not None
-    entropy_model, network = EntropyModel(config.entropy_model), ByteLatentTransformer(config)
-    randomise(entropy_model, seed)
+    network = ByteLatentTransformer(config)
     randomise(network, seed + 1)
-    return entropy_model, network
+    return random_entropy_model(config.entropy_model, seed), network
+
+
+def random_entropy_model(
+    config: EntropyModelConfig | NgramEntropyModelConfig, seed: int
+) -> EntropyModel | NgramEntropyModel:
+    """Random weights, or tables of any entropies and confidences."""
+    if config.kind == "transformer":
+        model = EntropyModel(config)
+        randomise(model, seed)
+        return model
+    tables, generator = NgramEntropyModel(config), torch.Generator().manual_seed(seed)
+    tables.slots.random_(-(2**15), 2**15, generator=generator)
+    tables.pair_doubts.random_(0, 5 * 2**19, generator=generator)  # nats
+    return tables
 
 
 @torch.no_grad()

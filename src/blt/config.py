@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Config(BaseModel):
@@ -59,8 +59,22 @@ class TransformerConfig(Config):
 class EntropyModelConfig(TransformerConfig):
     """The small byte transformer that tells how hard the next byte is (2.3, 4.2)."""
 
+    kind: Literal["transformer"] = "transformer"
     rope_theta: float = Field(10_000.0, gt=0)
     reset_at_newline: bool = False  # a newline opens a fresh context, so repetition cannot wear entropies down (4.4)
+
+
+class NgramEntropyModelConfig(Config):
+    """Statistics of byte n-grams instead, counted in one pass over the training text and looked up in tables."""
+
+    kind: Literal["ngram"]
+    max_order: int = Field(6, ge=3, le=8)  # bytes of the longest context
+    table_bits: int = Field(20, ge=8, le=24)  # the contexts of each order above 2 share 2**table_bits slots of 2 bytes
+    backoff: float = Field(32.0, gt=0)  # occurrences, per different next byte, that make a context half trusted
+
+    @property
+    def hashed_orders(self) -> int:
+        return self.max_order - 2
 
 
 class PatchingConfig(Config):
@@ -108,7 +122,7 @@ class HashEmbeddingsConfig(Config):
 class ModelConfig(Config):
     """A whole BLT: the entropy model (absent for rules that need none), the patching, the three networks."""
 
-    entropy_model: EntropyModelConfig | None = None
+    entropy_model: EntropyModelConfig | NgramEntropyModelConfig | None = None
     patching: PatchingConfig = PatchingConfig()
     hash_embeddings: HashEmbeddingsConfig = HashEmbeddingsConfig()
     local_encoder: TransformerConfig
@@ -116,6 +130,18 @@ class ModelConfig(Config):
     local_decoder: TransformerConfig
     slots_per_patch: int = Field(2, ge=1)  # query vectors per patch in the encoder, key vectors in the decoder (k)
     max_bytes: int = Field(24_576, ge=2)  # positions of a row, BOS included
+
+    @field_validator("entropy_model", mode="before")
+    @classmethod
+    def kind_says_which_entropy_model(cls, values: Any) -> Any:
+        """Files without a kind mean the transformer. A union of pydantic's would name the kind among a wrong key's sections."""
+        if not isinstance(values, dict):
+            return values
+        kinds: dict[Any, type[Config]] = {"transformer": EntropyModelConfig, "ngram": NgramEntropyModelConfig}
+        kind = values.get("kind", "transformer")
+        if kind not in kinds:
+            raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind!r}")
+        return kinds[kind].model_validate(values)
 
     @model_validator(mode="after")
     def parts_fit_together(self) -> "ModelConfig":
@@ -206,6 +232,13 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def entropy_model_is_trained(self) -> "RunConfig":
+        if isinstance(self.model.entropy_model, NgramEntropyModelConfig):
+            if self.entropy_training is not None:
+                raise ValueError(
+                    "an n-gram [model.entropy_model] is counted, not trained; leave [entropy_training] out "
+                    "(--set entropy_training=none)"
+                )
+            return self
         sources = (self.entropy_training is not None) + (self.pretrained_entropy_model is not None)
         if sources != (self.model.entropy_model is not None):
             raise ValueError(
@@ -228,6 +261,10 @@ class RunConfig(Config):
         patching = self.model.patching
         if not patching.uses_entropies:
             raise ValueError(f"data.entropies is of no use: patching rule {patching.rule!r} reads no entropies")
+        if isinstance(self.model.entropy_model, NgramEntropyModelConfig):
+            raise ValueError(
+                "data.entropies is of no use: an n-gram entropy model looks them up as fast as they are read"
+            )
         if self.pretrained_entropy_model is None:
             raise ValueError(
                 "data.entropies needs pretrained_entropy_model, the model that scored them, and no [entropy_training]"

@@ -300,6 +300,17 @@ class ByteShard:
         """All documents in order."""
         return (self.document(index) for index in range(self.num_documents))
 
+    def stretches(self, num_bytes: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """All text in order, so many bytes at a time, each with the positions in it at which documents begin.
+
+        >>> shard = ByteShard(np.frombuffer(b"abc", np.uint8), np.array([0, 1, 3]), "train", fingerprint="")
+        >>> [(text.tobytes(), starts.tolist()) for text, starts in shard.stretches(2)]
+        [(b'ab', [0, 1]), (b'c', [])]
+        """
+        for begin in range(0, self.num_bytes, num_bytes):
+            first, last = np.searchsorted(self.offsets[:-1], (begin, begin + num_bytes))
+            yield np.array(self.data[begin : begin + num_bytes]), self.offsets[first:last] - begin
+
     def sample(self, total_bytes: int, seed: int) -> list[bytes]:
         """Random documents until ``total_bytes`` are reached, the last one cut; all documents, where they have less."""
         chosen: list[bytes] = []

@@ -27,6 +27,7 @@ from blt.entropy_cache import CODES, FORMAT, PROGRESS, SPEC, Spec, read_spec, ro
 from blt.huggingface import load_entropy_model
 from blt.language_model import model_folder
 from blt.model.entropy_model import EntropyModel
+from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.patching import entropy_codes, entropy_edges
 from blt.optimise import stop_after_this_step
 from blt.progress import Reporter
@@ -52,6 +53,10 @@ def score_corpus(
     config, entropy_model = load_entropy_model(model_folder(model))
     if entropy_model is None:
         raise ValueError(f"{model} has no entropy model to score with: its patching rule is {config.patching.rule!r}")
+    if isinstance(entropy_model, NgramEntropyModel):
+        raise ValueError(
+            f"{model} looks its entropies up in n-gram tables as fast as it could read them; just train with it"
+        )
     if not 4 <= row_bytes <= config.max_bytes:
         raise ValueError(f"row_bytes must be 4 to {config.max_bytes}, what {model} can read, got {row_bytes}")
     if device.type != "cpu" and processes > 1:
@@ -242,6 +247,6 @@ def _codes_in_worker(model: Path, folder: Path, chunk: range) -> NDArray[np.uint
 def _workers_scorer(model: Path, folder: Path) -> Scorer:
     """A worker's own, opened once. Raises ValueError where the model is no longer the one that the parent read."""
     spec, (_, entropy_model) = read_spec(folder), load_entropy_model(model)
-    if entropy_model is None or weights_hash(entropy_model) != spec.weights_hash:
+    if not isinstance(entropy_model, EntropyModel) or weights_hash(entropy_model) != spec.weights_hash:
         raise ValueError(f"{model} was changed while it scored; start again with another --out")
     return Scorer(entropy_model, corpus.open_shard(folder / "corpus", "train"), spec)

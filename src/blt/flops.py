@@ -1,7 +1,8 @@
 """A model config -> its parameters, FLOPs per byte by part, and memory, all without building the network.
 
 Section 4.5 and eq. 13-17 of arXiv 2412.09871, counted for what the network here computes: a multiplication and its
-addition are 2 FLOPs, table lookups and elementwise work are 0. Where we count other than the paper:
+addition are 2 FLOPs, table lookups (all that an n-gram entropy model does) and elementwise work are 0. Where we count
+other than the paper:
 
 - the feed-forward network is the config's own SwiGLU, three matrices; at a width of 8/3 h they cost the paper's 16 h^2;
 - the encoder has one cross-attention, after its last layer (the released shape), not one per layer;
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blt.config import EntropyModelConfig, ModelConfig, TransformerConfig
+from blt.config import EntropyModelConfig, ModelConfig, NgramEntropyModelConfig, TransformerConfig
 
 NUM_IDS = 260  # rows of the byte embedding, outputs of the head
 LLAMA_3_VOCABULARY = 128_256
@@ -23,7 +24,10 @@ LLAMA_3_BYTES_PER_TOKEN = 4.4  # the paper's mean
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part; ``network`` is what training updates, ``total`` is that and the entropy model."""
+    """Parameters by part; ``network`` is what training updates, ``total`` is that and the entropy model.
+
+    The parameters of an n-gram entropy model are the entries of its tables.
+    """
     encoder, decoder, latent = config.local_encoder, config.local_decoder, config.latent
     slots_width = config.slots_per_patch * encoder.width
     encoder_cross = _cross_attention_parameters(encoder.width) + encoder.width * slots_width
@@ -38,8 +42,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     }
     entropy_model = 0
     if config.entropy_model is not None:
-        width = config.entropy_model.width
-        entropy_model = NUM_IDS * width + _block_parameters(config.entropy_model) + width + width * NUM_IDS
+        entropy_model = _entropy_model_parameters(config.entropy_model)
     in_network = sum(network.values())
     return {"entropy_model": entropy_model, **network, "network": in_network, "total": entropy_model + in_network}
 
@@ -95,7 +98,7 @@ def flops_per_byte(config: ModelConfig, mean_patch_bytes: float, context_bytes: 
     slots_per_byte = slots / mean_patch_bytes
 
     entropy_model = 0.0
-    if config.entropy_model is not None:
+    if config.entropy_model is not None and config.entropy_model.kind == "transformer":
         entropy_model = entropy_model_flops(config.entropy_model, context_bytes)
 
     # one query per slot, over the bytes of its patch
@@ -211,8 +214,12 @@ def saving_table(
 
 
 def weight_bytes(config: ModelConfig, bytes_per_parameter: int = 2) -> int:
-    """Memory of all weights, the entropy model's included; 2 bytes per parameter are bfloat16, 4 are float32."""
-    return bytes_per_parameter * parameter_counts(config)["total"]
+    """Memory of all weights, the entropy model's included; 2 bytes per parameter are bfloat16, 4 are float32.
+
+    An n-gram entropy model's tables are whole numbers, and as large in either.
+    """
+    counts = parameter_counts(config)
+    return bytes_per_parameter * counts["network"] + _entropy_model_bytes(config, bytes_per_parameter)
 
 
 def training_bytes(config: ModelConfig) -> int:
@@ -220,8 +227,7 @@ def training_bytes(config: ModelConfig) -> int:
 
     16 bytes per trained parameter (weight, gradient, two moments), and 4 per parameter of the frozen entropy model.
     """
-    counts = parameter_counts(config)
-    return 16 * counts["network"] + 4 * counts["entropy_model"]
+    return 16 * parameter_counts(config)["network"] + _entropy_model_bytes(config, 4)
 
 
 def cache_bytes_per_byte(
@@ -233,7 +239,7 @@ def cache_bytes_per_byte(
     falls with the context. Cross-attention reads one patch at a time and needs no cache that grows.
     """
     caches = {"entropy_model": 0.0}
-    if config.entropy_model is not None:
+    if config.entropy_model is not None and config.entropy_model.kind == "transformer":
         caches["entropy_model"] = _cached_numbers(config.entropy_model, context_bytes)
     caches["local_encoder"] = _cached_numbers(config.local_encoder, context_bytes)
     caches["latent"] = _cached_numbers(config.latent, context_bytes / mean_patch_bytes)
@@ -289,6 +295,20 @@ def tables(counted: dict[str, Any]) -> list[Any]:
 def _cached_numbers(config: TransformerConfig, context_positions: float) -> float:
     positions = min(context_positions, config.window_positions or context_positions)
     return 2 * config.num_layers * config.width * positions
+
+
+def _entropy_model_parameters(config: EntropyModelConfig | NgramEntropyModelConfig) -> int:
+    if config.kind == "ngram":
+        return 2**16 + config.hashed_orders * 2**config.table_bits
+    return NUM_IDS * config.width + _block_parameters(config) + config.width + config.width * NUM_IDS
+
+
+def _entropy_model_bytes(config: ModelConfig, bytes_per_parameter: int) -> int:
+    if config.entropy_model is None:
+        return 0
+    if config.entropy_model.kind == "ngram":  # 4 bytes for every two bytes, 2 for each slot
+        return 4 * 2**16 + 2 * config.entropy_model.hashed_orders * 2**config.entropy_model.table_bits
+    return bytes_per_parameter * _entropy_model_parameters(config.entropy_model)
 
 
 def _block_parameters(config: TransformerConfig) -> int:

@@ -29,6 +29,7 @@ from blt.config import (
 )
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
+from blt.model.ngram_entropy_model import NgramEntropyModel
 
 HF_PAD = 3
 # Models that transformers' class cannot express: config.json holds our ModelConfig, and the weights have a name that no
@@ -105,13 +106,16 @@ def inexpressible(config: ModelConfig) -> list[str]:
         reasons.append(f"patching rule {config.patching.rule!r}")
     elif config.patching.threshold_nats is None:
         reasons.append("a threshold that is not calibrated yet")
-    if config.entropy_model is not None and config.entropy_model.reset_at_newline:
+    entropy_model = config.entropy_model
+    if entropy_model is not None and entropy_model.kind == "ngram":
+        reasons.append("an entropy model of n-gram statistics")
+    elif entropy_model is not None and entropy_model.reset_at_newline:
         reasons.append("an entropy context that is reset at newlines")
     if config.local_encoder.window_positions != config.local_decoder.window_positions:
         reasons.append("different windows in local encoder and decoder")
     if config.local_encoder.window_positions is None or config.latent.window_positions is not None:
         reasons.append("windows other than a local one")
-    if config.entropy_model is not None and config.entropy_model.window_positions is None:
+    if entropy_model is not None and entropy_model.kind == "transformer" and entropy_model.window_positions is None:
         reasons.append("an entropy model without a window")
     return reasons
 
@@ -120,7 +124,7 @@ def to_config_json(config: ModelConfig) -> dict[str, Any]:
     """The contents of config.json."""
     if inexpressible(config):
         return {"model_type": OWN_MODEL_TYPE, "model": config.model_dump(mode="json", exclude_none=True)}
-    assert config.entropy_model is not None
+    assert config.entropy_model is not None and config.entropy_model.kind == "transformer"
     encoder, decoder, latent, k = config.local_encoder, config.local_decoder, config.latent, config.slots_per_patch
     local = {"vocab_size": VOCAB_SIZE, "cross_attn_k": k, "hidden_size_global": latent.width}
     longest = config.max_bytes
@@ -201,7 +205,10 @@ def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
 
 
 def save_model(
-    folder: Path, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer
+    folder: Path,
+    config: ModelConfig,
+    entropy_model: EntropyModel | NgramEntropyModel | None,
+    network: ByteLatentTransformer,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,8 +231,10 @@ def save_model(
         write_whole(folder / name, json.dumps(values, indent=2) + "\n")
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyModel | None, ByteLatentTransformer]:
-    """A model from a folder in this format, the network in ``dtype``, the entropy model always in fp32.
+def load_model(
+    folder: Path, dtype: torch.dtype
+) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None, ByteLatentTransformer]:
+    """A model from a folder in this format, the network in ``dtype``, the entropy model always in fp32 or whole numbers.
 
     Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
     """
@@ -237,7 +246,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> tuple[ModelConfig, EntropyMo
     return config, entropy_model, network
 
 
-def load_entropy_model(folder: Path) -> tuple[ModelConfig, EntropyModel | None]:
+def load_entropy_model(folder: Path) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None]:
     """A model's config and its entropy model in fp32, the network's weights left on disk. Raises as ``load_model``."""
     config, entropy_model, network = _without_weights(folder)
     if entropy_model is not None:
@@ -266,11 +275,17 @@ def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[s
     }
 
 
-def _without_weights(folder: Path) -> tuple[ModelConfig, EntropyModel | None, ByteLatentTransformer]:
+def _without_weights(
+    folder: Path,
+) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None, ByteLatentTransformer]:
     """The modules that a folder's config.json describes, on the meta device."""
     config = read_model_config(folder)
+    entropy_model: EntropyModel | NgramEntropyModel | None = None
     with torch.device("meta"):
-        entropy_model = EntropyModel(config.entropy_model) if config.entropy_model else None
+        if config.entropy_model is not None and config.entropy_model.kind == "ngram":
+            entropy_model = NgramEntropyModel(config.entropy_model)
+        elif config.entropy_model is not None:
+            entropy_model = EntropyModel(config.entropy_model)
         return config, entropy_model, ByteLatentTransformer(config)
 
 

@@ -72,7 +72,7 @@ def networks_of(model: Any) -> Networks:
     weights are not there as they are.
     """
     config = from_config_json(model.config.to_dict(), "the config of this model")
-    assert config.entropy_model is not None
+    assert config.entropy_model is not None and config.entropy_model.kind == "transformer"
     with torch.device("meta"):
         entropy_model, network = EntropyModel(config.entropy_model), ByteLatentTransformer(config)
     found = model.state_dict()  # detached: who needs gradients of them keeps them

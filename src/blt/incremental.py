@@ -25,6 +25,7 @@ from blt.model.kv_cache import Kept, KeyValueCache, Place, Span
 from blt.model.linear import COMPILED_ROWS
 from blt.model.local_decoder import LayerSlots, LocalDecoder
 from blt.model.local_encoder import LocalEncoder
+from blt.model.ngram_entropy_model import REACH, HostTables, NgramEntropyModel
 from blt.model.patching import PatchingState, step_patching
 from blt.shapes import ByteIds
 
@@ -38,7 +39,7 @@ class Networks(NamedTuple):
     """What it takes to read ids."""
 
     config: ModelConfig
-    entropy_model: EntropyModel | None
+    entropy_model: EntropyModel | NgramEntropyModel | None
     network: ByteLatentTransformer
     compiled: bool = False  # steps of one row compiled by torch: a minute at first, then twice as fast (docs/log.md)
 
@@ -119,6 +120,7 @@ class State:
     latent_cache: KeyValueCache
     decoder_cache: KeyValueCache
     newest_slots: LayerSlots  # what bytes read of each row's newest closed patch
+    entropy_tables: HostTables | None  # of n-gram statistics, which need nothing of a row but its last ids
 
     @property
     def caches(self) -> list[KeyValueCache]:
@@ -167,11 +169,13 @@ def start(networks: Networks, rows: int = 1) -> State:
     config, entropy_model, network, _ = networks
     weight = network.local_encoder.byte_embedding.weight
     device, dtype, decoder = weight.device, weight.dtype, config.local_decoder
-    entropy_cache = None
+    entropy_cache, entropy_tables = None, None
     if config.patching.uses_entropies:
-        assert config.entropy_model is not None and entropy_model is not None
-        entropy_dtype = entropy_model.head.weight.dtype
-        entropy_cache = KeyValueCache(config.entropy_model, rows, device, entropy_dtype)
+        assert entropy_model is not None
+        if isinstance(entropy_model, NgramEntropyModel):
+            entropy_tables = entropy_model.on_host()
+        else:
+            entropy_cache = KeyValueCache(entropy_model.config, rows, device, entropy_model.head.weight.dtype)
     nothing = torch.zeros(rows, config.slots_per_patch, decoder.num_heads, decoder.head_dim, device=device, dtype=dtype)
     return State(
         [Row() for _ in range(rows)],
@@ -180,6 +184,7 @@ def start(networks: Networks, rows: int = 1) -> State:
         KeyValueCache(config.latent, rows, device, dtype),
         KeyValueCache(decoder, rows, device, dtype),
         [(nothing, nothing)] * decoder.num_layers,
+        entropy_tables,
     )
 
 
@@ -209,7 +214,13 @@ def extend(networks: Networks, state: State, ids: Sequence[Sequence[int]], new: 
     fast = fast and (new > 0 or all(len(row) == 1 for row in ids))
     entropies: list[list[float | None]] = [[None] * len(row) for row in ids]
     new = new or max(len(row) for row in ids)
-    if state.entropy_cache is not None:
+    if isinstance(entropy_model, NgramEntropyModel) and state.entropy_tables is not None:
+        tables = state.entropy_tables
+        with_past = [[*row.ids[-REACH:], *new_ids] for row, new_ids in zip(state.rows, ids, strict=True)]
+        entropies = [
+            [*entropy_model.extend(row, len(new_ids), tables)] for row, new_ids in zip(with_past, ids, strict=True)
+        ]
+    elif state.entropy_cache is not None:
         assert entropy_model is not None
         place = _place(state, state.entropy_cache, ids, new, fast, lines=_resets(config))
         id_rows = _as_rows(ids, new, state)
@@ -424,4 +435,5 @@ def _as_rows(ids: Sequence[Sequence[int]], length: int, state: State) -> Int[Ten
 
 
 def _resets(config: ModelConfig) -> bool:
-    return config.entropy_model is not None and config.entropy_model.reset_at_newline
+    entropy_model = config.entropy_model
+    return entropy_model is not None and entropy_model.kind == "transformer" and entropy_model.reset_at_newline

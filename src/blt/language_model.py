@@ -2,9 +2,11 @@
 
 import errno
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from blt import byte_ids
@@ -16,7 +18,8 @@ from blt.incremental import Networks
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
 from blt.model.linear import Int8Linear, round_to_int8
-from blt.model.patching import patch_starts
+from blt.model.ngram_entropy_model import NgramEntropyModel
+from blt.model.patching import patch_starts, patch_starts_of_documents
 from blt.sampling import Sampling
 from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
 
@@ -26,7 +29,12 @@ Text = str | bytes
 class LanguageModel:
     """A Byte Latent Transformer with all it needs to read and write text."""
 
-    def __init__(self, config: ModelConfig, entropy_model: EntropyModel | None, network: ByteLatentTransformer) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        entropy_model: EntropyModel | NgramEntropyModel | None,
+        network: ByteLatentTransformer,
+    ) -> None:
         self.config = config
         self.entropy_model = entropy_model
         self.network = network
@@ -62,24 +70,33 @@ class LanguageModel:
         return patch_starts(ids, entropies, self.config.patching)
 
     def patches(self, text: Text) -> list[bytes]:
-        """The text cut where the model's patches start, BOS left out.
+        """The text cut where the model's patches start, BOS left out."""
+        data = byte_ids.as_bytes(text)
+        starts = self.text_patch_starts(data)[0, 1:-1].nonzero().flatten().tolist()
+        return [data[begin:end] for begin, end in pairwise([*starts, len(data)])]
 
-        Text beyond the model's limit of positions is cut in stretches of that length.
+    def text_patch_starts(self, text: Text) -> PatchStarts:
+        """``patch_starts`` of one row, BOS and a text of any length.
+
+        Text beyond the model's limit of positions is cut in stretches of that length, each a document of its own. An n-gram
+        entropy model knows no limit: to it the text is one document, read at tens of megabytes a second.
         """
         data, longest = byte_ids.as_bytes(text), self.config.max_bytes - 1
-        pieces: list[bytes] = []
-        for begin in range(0, len(data), longest):
-            stretch = data[begin : begin + longest]
-            starts = self.patch_starts(self.encode(stretch))[0, 1:-1].nonzero().flatten().tolist()
-            pieces += [stretch[a:b] for a, b in zip(starts, [*starts[1:], len(stretch)], strict=True)]
-        return pieces
+        if isinstance(self.entropy_model, NgramEntropyModel) and self.config.patching.uses_entropies:
+            numbers = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(self.device)
+            return patch_starts_of_documents(self.entropy_model.text_entropies(numbers), self.config.patching)
+        stretches = [data[begin : begin + longest] for begin in range(0, max(1, len(data)), longest)]
+        starts = [self.patch_starts(self.encode(stretch)) for stretch in stretches]
+        return torch.cat([starts[0][:, :1], *(found[:, 1:-1] for found in starts), starts[-1][:, -1:]], dim=1)
 
     def predict(self, ids: ByteIds) -> tuple[Logits, Logits | None, PatchStarts]:
         """Logits of the network and of the entropy model, and the patch starts between them, for whole rows."""
         self._check_length(ids)
-        entropy_logits = None if self.entropy_model is None else self.entropy_model(ids)
-        entropies = None if entropy_logits is None else entropies_of(entropy_logits)
-        starts = patch_starts(ids, entropies, self.config.patching)
+        if not isinstance(self.entropy_model, EntropyModel):  # n-gram statistics predict no id
+            starts = self.patch_starts(ids)
+            return self.network(ids, starts), None, starts
+        entropy_logits = self.entropy_model(ids)
+        starts = patch_starts(ids, entropies_of(entropy_logits), self.config.patching)
         return self.network(ids, starts), entropy_logits, starts
 
     def score(self, text: Text, window_bytes: int = 4096) -> Score:

@@ -116,7 +116,8 @@ def draft_limit(networks: Networks, acceptance: float, most: int) -> int:
     """
     config = networks.config
     local = config.local_encoder.num_layers + config.local_decoder.num_layers
-    entropy_model = config.entropy_model.num_layers if config.entropy_model else 0
+    found = config.entropy_model
+    entropy_model = found.num_layers if found and found.kind == "transformer" else 0
     whole = local + config.latent.num_layers + entropy_model
 
     def bytes_for_work(drafted: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from torch import Tensor
 from blt import corpus
 from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import naming_the_place, saved_steps, write_whole
-from blt.config import ModelConfig, RunConfig, TrainingConfig, read_run_config, to_toml
+from blt.config import (
+    EntropyModelConfig,
+    ModelConfig,
+    NgramEntropyModelConfig,
+    RunConfig,
+    TrainingConfig,
+    read_run_config,
+    to_toml,
+)
 from blt.entropy_cache import EntropyCache, open_entropies
 from blt.evaluate import evaluate_inputs, score_documents, total_score
 from blt.flops import entropy_model_flops, flops_per_byte
@@ -20,6 +29,7 @@ from blt.huggingface import load_entropy_model, load_model
 from blt.language_model import LanguageModel, model_folder
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
+from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
 from blt.optimise import (
@@ -40,6 +50,7 @@ ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
 REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
 BFLOAT16_GAIN = 1.5  # of matrix products, from which on a training step gains in spite of the casts
+COUNTED_BYTES = 1 << 20  # of training text at a time, for n-gram statistics
 
 
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
@@ -74,8 +85,12 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
         if saved_steps(network_state):
             lm = LanguageModel(*load_model(run / "model", torch.float32)).to(device)
         else:
-            entropy_model = pretrained or _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
-            model_config = _calibrated(config, entropy_model, train_shard, held_out, scored, metrics, reporter)
+            entropy_model = pretrained
+            if entropy_model is None and isinstance(config.model.entropy_model, NgramEntropyModelConfig):
+                entropy_model = fit_ngrams(config.model.entropy_model, train_shard, metrics, reporter).to(device)
+            elif entropy_model is None and config.model.entropy_model is not None:
+                entropy_model = _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
+            model_config = _calibrated(config, entropy_model, device, train_shard, held_out, scored, metrics, reporter)
             network = ByteLatentTransformer(model_config)
             initialise(network, torch.Generator().manual_seed(config.training.seed))
             lm = LanguageModel(model_config, entropy_model, network.to(device))
@@ -107,6 +122,39 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
         with naming_the_place(folder):
             reporter.say(corpus.build_shards(documents, folder, config.data.held_out_fraction).sentence)
     return corpus.open_shard(folder, "train"), corpus.open_shard(folder, "held_out")
+
+
+def fit_ngrams(
+    config: NgramEntropyModelConfig, shard: corpus.ByteShard, metrics: Metrics, reporter: Reporter
+) -> NgramEntropyModel:
+    """The n-gram statistics of all text of a shard, from one pass over it; the same text gives the same tables."""
+    counts, started = NgramCounts(config), time.perf_counter()
+    shown = started
+    for text, document_starts in shard.stretches(COUNTED_BYTES):
+        counts.add(text, document_starts)
+        if (now := time.perf_counter()) - shown > 5:
+            shown, megabytes = (
+                now,
+                f"{counts.num_bytes / 1e6:.2f} MB  {counts.num_bytes / 1e6 / (now - started):.1f} MB/s",
+            )
+            reporter.show(ENTROPY_MODEL, counts.num_bytes, shard.num_bytes, megabytes)
+    model, seconds = counts.model(), time.perf_counter() - started
+    contexts = {str(order): counts.num_contexts(order) for order in range(EXACT_ORDER, config.max_order + 1)}
+    metrics.forget_after(ENTROPY_MODEL, -1)
+    metrics.write(
+        {
+            "phase": ENTROPY_MODEL,
+            "step": 0,
+            "bytes_seen": counts.num_bytes,
+            "train_seconds": seconds,
+            "contexts": contexts,
+        }
+    )
+    reporter.say(
+        f"{ENTROPY_MODEL}: n-grams of {counts.num_bytes / 1e6:.2f} MB counted in {seconds:.1f} s, contexts of "
+        f"{config.max_order} bytes fill {counts.num_contexts(config.max_order) / 2**config.table_bits:.0%} of their table"
+    )
+    return model
 
 
 def resolve_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfig:
@@ -153,7 +201,7 @@ def _without_dtypes(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"training": {"dtype"}, "entropy_training": {"dtype"}})
 
 
-def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | None:
+def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | NgramEntropyModel | None:
     """The entropy model of the model that the config names, if it does. Raises ValueError for one of another shape."""
     if config.pretrained_entropy_model is None:
         return None
@@ -166,11 +214,11 @@ def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> Entrop
     return found.to(device)
 
 
-def _scored_entropies(config: RunConfig, pretrained: EntropyModel | None) -> EntropyCache | None:
+def _scored_entropies(config: RunConfig, pretrained: EntropyModel | NgramEntropyModel | None) -> EntropyCache | None:
     """The entropies that the config names, if it does. Raises ValueError for those of another model or other rows."""
     if config.data.entropies is None:
         return None
-    assert pretrained is not None
+    assert isinstance(pretrained, EntropyModel)
     scored = open_entropies(Path(config.data.entropies))
     scored.check_scored_by(str(config.pretrained_entropy_model), pretrained, config.data, config.training.row_bytes)
     patching = config.model.patching
@@ -185,8 +233,8 @@ def _teacher(config: RunConfig, device: torch.device) -> EntropyModel | None:
         return None
     assert config.entropy_training is not None
     teachers_config, found = load_entropy_model(model_folder(config.entropy_teacher))
-    if found is None:
-        raise ValueError(f"entropy_teacher {config.entropy_teacher} has no entropy model; name a model that has one")
+    if not isinstance(found, EntropyModel):
+        raise ValueError(f"entropy_teacher {config.entropy_teacher} has no entropy network; name a model that has one")
     if config.entropy_training.row_bytes > teachers_config.max_bytes:
         raise ValueError(
             f"entropy_training.row_bytes {config.entropy_training.row_bytes} exceeds the {teachers_config.max_bytes} "
@@ -202,11 +250,9 @@ def _trained_entropy_model(
     held_out: corpus.ByteShard,
     teacher: EntropyModel | None,
     optimise_job: Callable[[Job], None],
-) -> EntropyModel | None:
-    """This run's own entropy model; None for a patching rule that needs none."""
-    if config.model.entropy_model is None:
-        return None
-    assert config.entropy_training is not None
+) -> EntropyModel:
+    """This run's own entropy model."""
+    assert isinstance(config.model.entropy_model, EntropyModelConfig) and config.entropy_training is not None
     entropy_model = EntropyModel(config.model.entropy_model)
     initialise(entropy_model, torch.Generator().manual_seed(config.entropy_training.seed))
     entropy_model.to(device)
@@ -285,7 +331,8 @@ def _network_job(
 
 def _calibrated(
     config: RunConfig,
-    entropy_model: EntropyModel | None,
+    entropy_model: EntropyModel | NgramEntropyModel | None,
+    device: torch.device,
     train_shard: corpus.ByteShard,
     held_out: corpus.ByteShard,
     scored: EntropyCache | None,
@@ -297,7 +344,6 @@ def _calibrated(
     if not patching.uses_entropies or patching.threshold_nats is not None:
         return config.model
     assert entropy_model is not None
-    device = next(entropy_model.parameters()).device
     row_bytes, target = config.training.row_bytes, config.calibration.target_patch_bytes
 
     def rows_with_entropies(shard: corpus.ByteShard, scored: EntropyCache | None) -> tuple[ByteIds, Entropies]:

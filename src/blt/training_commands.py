@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from blt.config import RunConfig
     from blt.language_model import LanguageModel
 
+EntropyKind = Annotated[Literal["transformer", "ngram"], Parameter(help="A network, or n-gram counts.")]
 
-def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None:
+
+def demo(
+    *, out: Path = Path("runs/demo"), entropy_model: EntropyKind = "transformer", options: Options = Options()
+) -> None:
     """The main job at small scale: trains on Python's own library, evaluates, writes text, draws the picture.
 
     A demo that was interrupted goes on where it stopped.
@@ -25,7 +29,8 @@ def demo(*, out: Path = Path("runs/demo"), options: Options = Options()) -> None
     from blt.evaluate import evaluation_line
     from blt.report import patched_text, terminal_lines
 
-    config = _with_options(read_run_config("demo"), options)
+    counted = ['model.entropy_model={kind="ngram"}', "entropy_training=none"]
+    config = _with_options(read_run_config("demo", counted if entropy_model == "ngram" else ()), options)
     lm, evaluation = _train(config, out, options, resume=True)
     prompt = b"def read_lines(path):\n"
     sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.9, seed=options.seed or 0))

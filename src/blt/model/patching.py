@@ -37,20 +37,33 @@ def patch_starts(byte_ids: ByteIds, entropies: Entropies | None, config: Patchin
     """
     positions = positions_in_document(byte_ids)
     if config.uses_entropies:
-        if entropies is None or config.threshold_nats is None:
-            raise ValueError(
-                f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first"
-            )
-        if config.rounded_entropies:
-            entropies = rounded_up(entropies)
-        starts = starts_above(entropies, config.threshold_nats, rises=config.rule == "entropy_rise")
-        starts = starts | (positions < _always_starts(config))
+        starts = _starts_by_entropy(entropies, config) | (positions < _always_starts(config))
     elif config.rule == "space":
         starts = starts_after_spaces(byte_ids) | (positions < _always_starts(config))
     else:
         assert config.patch_bytes is not None
         starts = (positions == 0) | ((positions - 1) % config.patch_bytes == 0)
     return starts if config.max_patch_bytes is None else split_long_patches(starts, config.max_patch_bytes)
+
+
+def patch_starts_of_documents(entropies: Entropies, config: PatchingConfig) -> PatchStarts:
+    """``patch_starts`` of rows that hold one document each, under a rule that reads nothing but their entropies.
+
+    >>> config = PatchingConfig(threshold_nats=1.0)
+    >>> patch_starts_of_documents(torch.tensor([[float("nan"), 0.5, 0.1, 2.0]]), config).int().tolist()
+    [[1, 1, 0, 1]]
+    """
+    starts = _starts_by_entropy(entropies, config)
+    starts[:, : _always_starts(config)] = True
+    return starts if config.max_patch_bytes is None else split_long_patches(starts, config.max_patch_bytes)
+
+
+def _starts_by_entropy(entropies: Entropies | None, config: PatchingConfig) -> PatchStarts:
+    if entropies is None or config.threshold_nats is None:
+        raise ValueError(f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first")
+    if config.rounded_entropies:
+        entropies = rounded_up(entropies)
+    return starts_above(entropies, config.threshold_nats, rises=config.rule == "entropy_rise")
 
 
 def starts_above(entropies: Entropies, threshold_nats: float, rises: bool = False) -> PatchStarts:
@@ -62,10 +75,10 @@ def starts_above(entropies: Entropies, threshold_nats: float, rises: bool = Fals
     >>> starts_above(entropies, 1.0).int().tolist(), starts_above(entropies, 1.0, rises=True).int().tolist()
     ([[0, 1, 0, 1, 1]], [[0, 0, 0, 1, 0]])
     """
-    values = entropies.clone()
     if rises:
-        values[:, 1:] = entropies[:, 1:] - entropies[:, :-1]
-    return values > threshold_nats
+        rise = entropies[:, 1:] - entropies[:, :-1]
+        entropies = torch.cat([entropies[:, :1], rise], dim=1)
+    return entropies > threshold_nats
 
 
 def entropy_edges(threshold_nats: float | None = None) -> EntropyEdges:
