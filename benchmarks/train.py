@@ -130,9 +130,13 @@ class Contestant:
     def take_turn(self, turn: int) -> None:
         from train_sides import Step
 
-        steps = max(1, self.stretch_bytes // (self.case[0] * self.case[1]))
-        made = [self.step(seed=turn * steps + one) for one in range(steps)]
+        made = [self.step(seed=turn * self.steps + one) for one in range(self.steps)]
         self.made.append(Step(*(sum(values) for values in zip(*(vars(one).values() for one in made), strict=True))))
+
+    @property
+    def steps(self) -> int:
+        """In one turn."""
+        return max(1, self.stretch_bytes // (self.case[0] * self.case[1]))
 
     def step(self, seed: int) -> "Step":
         """One update; the first of a side is slower than those that follow, and is not timed."""
@@ -164,10 +168,12 @@ class Bench:
         return self.plan.long_turns if case[0] > 4096 else self.plan.turns
 
     def enter(self, ours: "Ours", case: Case, **changes: Any) -> Contestant:
-        """A contestant of ours with the threshold of this case's own rows, warmed up."""
-        rows = self.text.rows(*case, seed=0)
-        threshold = ours.threshold_for(rows)
-        found = Contestant(ours, case, self.text, self.turns(case), self.plan.stretch_bytes, threshold, **changes)
+        """A contestant of ours, with a threshold for the rows that it is going to read, warmed up."""
+        import torch
+
+        found = Contestant(ours, case, self.text, self.turns(case), self.plan.stretch_bytes, **changes)
+        seeds = range(found.turns * found.steps)
+        found.threshold = ours.threshold_for(torch.cat([self.text.rows(*case, seed=seed) for seed in seeds]))
         found.step(seed=0)
         return found
 
