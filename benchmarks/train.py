@@ -7,7 +7,7 @@ comparison take turns in one process, a short stretch each, so that whatever els
 figure is the median of its stretches. Three comparisons, each row of figures says which (`comparison`):
 
 `huggingface`: ours and `BltForCausalLM` with the same weights, one row a step, from 512 bytes up. Both work out entropies in
-the step and cut at the same threshold, 4.5 bytes a patch; their losses must agree to 1e-4 nats before anything is timed.
+the step, in fp32, and cut at the same threshold, 4.5 bytes a patch; their losses must agree to 1e-4 nats before they are timed.
 `growth`: what a byte costs, over what it costs in rows of 1,024 bytes. Where transformers' side finds no memory or takes
 too long, its keys are absent and `hf_reason` says why.
 `tokens`: a token model, our own transformer with an embedding and a head, trained by the same steps on as many bytes.
@@ -23,6 +23,7 @@ optimiser state during a step, gradients and activations together, in a fresh pr
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import sys
@@ -77,7 +78,7 @@ FULL = Plan(
     long_turns=2,
     stretch_bytes=2048,
     compiled=True,
-    child_seconds=120,
+    child_seconds=180,
 )
 QUICK = Plan(
     huggingface=(("25m", ((512, 2), (1024, 2), (2048, 2), (8192, 0))),),
@@ -90,11 +91,11 @@ QUICK = Plan(
     long_turns=2,
     stretch_bytes=1024,
     compiled=False,
-    child_seconds=40,
+    child_seconds=60,
 )
 TINY = Plan(
     huggingface=(("tiny", ((64, 2), (128, 1), (256, 0))),),
-    tokens=(("tiny", (128, 2)),),
+    tokens=(("tiny", (128, 2)), ("tiny", (128, 1))),
     tables=(("tiny", (64, 2)),),
     table_rows=(50, 500),
     vocabulary=300,
@@ -225,9 +226,11 @@ def row_of(comparison: str, config: str, ours: Contestant, mode: "Mode", peaks: 
 
 
 def memory_of(name: str, case: Case, measured: Measured) -> Row:
-    """The keys about one side's memory; none where it was not measured."""
+    """The keys about one side's memory; where it was not measured why, if that is known."""
     found = measured.cases.get(case)
-    return {f"{name}_beyond_bytes": found.beyond_bytes, f"{name}_peak_bytes": found.peak_bytes} if found else {}
+    if found is None:
+        return {f"{name}_memory_reason": measured.reason} if measured.reason else {}
+    return {f"{name}_beyond_bytes": found.beyond_bytes, f"{name}_peak_bytes": found.peak_bytes}
 
 
 def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[int, int]]) -> list[Row]:
@@ -258,8 +261,8 @@ def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[in
             one = Contestant(theirs[dtype], ours.case, bench.text, turns, bench.plan.stretch_bytes, ours.threshold)
             their_contestants[dtype, ours.case] = one
     for dtype in theirs:
-        shortest = min(case for name, case in their_contestants if name == dtype)
-        their_contestants[dtype, shortest].step(seed=0)
+        for _, case in sorted(key for key in their_contestants if key[0] == dtype)[:1]:
+            their_contestants[dtype, case].step(seed=0)  # of long rows it would take too long
     peaks = take_turns([*(one for _, one in entered), *their_contestants.values()])
     costs = {(index, ours.case): 1 / ours.bytes_per_second for index, ours in entered}
     base = (GROWTH_FROM, 1) if (GROWTH_FROM, 1) in lengths else lengths[0]
@@ -281,14 +284,14 @@ def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[in
 
 
 def compare_with_tokens(bench: Bench, config: str, case: Case, tokens: Any) -> list[Row]:
-    """Ours with entropies worked out before and in the step, each beside a token model of as many FLOPs per byte."""
+    """Ours with entropies worked out before, and with one row a step also in it, beside token models of as many FLOPs."""
     from train_sides import Ours, Tokens, sized
 
     pairs = []
     for mode in bench.modes:
         ours = Ours(sized(config), mode)
         flops = ours.flops(case[0])
-        for precomputed in (True, False):
+        for precomputed in (True, False)[: 2 if case[1] == 1 else 1]:
             wanted = flops.network if precomputed else flops.training / 3
             side = Tokens(tokens, ours.models.config.latent, wanted, case[0], mode)
             entered = bench.enter(ours, case, precomputed=precomputed)
@@ -335,6 +338,15 @@ def compare_tables(bench: Bench, config: str, case: Case) -> list[Row]:
             row = row_of("tables", config, ours, mode, peaks) | memory_of("ours", case, memory[size])
             rows.append(row | {"table_cost_ratio": entered[few].bytes_per_second / ours.bytes_per_second})
     return rows
+
+
+def require_packages(only: Sequence[str]) -> None:
+    """Raises ValueError for a package that one of these comparisons needs, before minutes are spent on another."""
+    from bpe import missing
+
+    for comparison, package in (("huggingface", "transformers"), ("tokens", "tokenizers")):
+        if comparison in only and importlib.util.find_spec(package) is None:
+            raise ValueError(missing(package))
 
 
 def modes_of(plan: Plan, dtypes: Sequence[str], options: dict[str, Any]) -> "list[Mode]":
@@ -406,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "train.py", description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="about a minute: the small config, fewer cases")
+    parser.add_argument("--quick", action="store_true", help="a minute or two: the small config, fewer cases")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
     parser.add_argument("--data", metavar="PATH", default="stdlib", help="text to learn from (%(default)s)")
@@ -418,6 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = TINY if options.size == "tiny" else QUICK if options.quick else FULL
     command = " ".join(["python benchmarks/train.py", *given])
     try:
+        require_packages(options.only)
         modes = modes_of(plan, options.dtype, dict(options.set))
         result = measure(plan, options.only, options.data, modes, command)
     except (ValueError, OSError) as error:

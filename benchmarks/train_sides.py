@@ -194,16 +194,15 @@ class Ours:
 
 
 class HuggingFaceBlt:
-    """Transformers' BLT with the weights and the threshold of ours: labels in, loss, backward, clipping, fused AdamW."""
+    """Transformers' BLT with the weights and the threshold of ours: labels in, loss, backward, clipping, fused AdamW.
+
+    Its entropy model computes in fp32, as ours always does: rounded entropies would cut at other places.
+    """
 
     def __init__(self, models: LanguageModel, mode: Mode) -> None:
-        try:
-            from transformers import BltForCausalLM
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError:
-            from bpe import missing
+        from transformers import BltForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
-            raise ValueError(missing("transformers")) from None
         disable_progress_bar()
         training = mode.training(512, 1)
         self.dtype, self.clip_norm = training.dtype, training.clip_norm
@@ -214,6 +213,7 @@ class HuggingFaceBlt:
                 weight.data = weight.data.clone()  # in memory now, and not only in the file when first asked for
         for weight in self.model.model.patcher.parameters():
             weight.requires_grad_(False)  # frozen, as ours is
+        self.model.model.patcher.forward = without_autocast(self.model.model.patcher.forward)
         self.learns = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learns, lr=LEARNING_RATE, fused=True)
 
@@ -241,6 +241,16 @@ class HuggingFaceBlt:
         loss = self.model(input_ids=rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss
         assert isinstance(loss, Tensor)
         return loss
+
+
+def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, in the dtype of its weights wherever it is called."""
+
+    def in_own_dtype(*arguments: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return forward(*arguments, **options)
+
+    return in_own_dtype
 
 
 def require_same_loss(ours: Ours, theirs: HuggingFaceBlt, row: Tensor) -> float:

@@ -126,7 +126,7 @@ def test_train_reports_every_comparison_in_one_json_object(
         (256, False),  # not asked of transformers
     ]
     assert all("growth" in row and 4 < row["mean_patch_bytes"] < 5 for row in huggingface)
-    assert [row["entropies"] for row in tokens] == ["precomputed", "on the fly"]
+    assert [row["entropies"] for row in tokens] == ["precomputed", "precomputed", "on the fly"]
     assert all(row["token_ratio"] > 0 and row["token_flops_ratio"] == pytest.approx(1, abs=0.02) for row in tokens)
     assert [row["table_rows"] for row in tables] == [50, 500] and tables[0]["table_cost_ratio"] == 1
     if sys.platform == "linux":
@@ -149,6 +149,20 @@ def test_train_refuses_to_time_models_that_compute_different_losses(script: Call
         theirs.model.lm_head.weight.mul_(2)
     with pytest.raises(ValueError, match="nothing to compare"):
         sides.require_same_loss(ours, theirs, row)
+
+
+def test_transformers_side_of_train_cuts_where_ours_cuts_in_bfloat16_too(script: Callable[[str], ModuleType]) -> None:
+    sides = script("train_sides")
+    ours, text = sides.Ours(sides.sized("tiny"), sides.Mode("bfloat16")), sides.Text(bytes(range(256)) * 4)
+    theirs, rows = sides.HuggingFaceBlt(ours.models, sides.Mode("bfloat16")), text.rows(128, 1, seed=0)
+    for side in (ours, theirs):
+        side.set_threshold(ours.threshold_for(rows))
+    lengths: list[int] = []
+    patcher = theirs.model.model.patcher
+    patcher.register_forward_hook(lambda module, given, returned: lengths.extend(returned[1][0].tolist()))
+    theirs.step(rows)
+    starts = ours.models.patch_starts(rows[:, :-1])[0].nonzero().flatten()
+    assert lengths == torch.diff(starts, append=torch.tensor([128])).tolist()
 
 
 @pytest.mark.parametrize("wanted", [6e6, 4.7e7, 3e8])
@@ -258,6 +272,14 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"{package} is not installed.*blt-lm\[bench\]"):
         bpe.as_tiktoken(bpe.learn(["text"], 260) if package == "tokenizers" else tokenizer)
+
+
+def test_train_without_transformers_says_so_before_it_begins(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match=r"transformers is not installed.*blt-lm\[bench\]"):
+        script("train").main(["--size", "tiny"])
 
 
 @pytest.mark.parametrize("name", ["decode.py", "train.py", "patch.py"])
