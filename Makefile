@@ -27,5 +27,5 @@ $(BIN)/python:
 	touch $@
 
 .venv/.for-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) '.[plot,dev]'
+	$(INSTALL) '.[plot,dev,bench]'
 	touch $@ .venv/.for-demo

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 READ_BYTES = 512 * 2**20  # in one pass of the bandwidth measurement: far more than any cache holds
+MATRIX_WIDTH = 1024  # of those whose product tells what the processor can do
 
 
 def facts() -> dict[str, Any]:
@@ -26,6 +27,8 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
+        "tokenizers": _version("tokenizers"),
+        "tiktoken": _version("tiktoken"),
         "load_at_begin": round(os.getloadavg()[0], 2),
     }
 
@@ -51,6 +54,14 @@ def _compiled_product() -> Callable[..., Any]:
     return torch.compile(lambda matrix, states: (matrix * states).sum(-1))
 
 
+def matrix_flops(dtype: str) -> float:
+    """FLOPs per second of a product of two square matrices in this dtype: the best of several."""
+    import torch
+
+    left, right = torch.randn(2, MATRIX_WIDTH, MATRIX_WIDTH).to(getattr(torch, dtype))
+    return 2 * MATRIX_WIDTH**3 / _fastest(lambda: left @ right)
+
+
 def _fastest(action: Callable[[], Any], times: int = 5) -> float:
     seconds = []
     for _ in range(times):
@@ -73,8 +84,25 @@ def resident_rise(action: Callable[[], Any]) -> int | None:
     return _memory_line("VmHWM") - before
 
 
-def _memory_line(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident_bytes(process: int | str = "self") -> int | None:
+    """What a process holds in memory now; None where the system hides it, or where the process has ended."""
+    try:
+        return _memory_line("VmRSS", process)
+    except (OSError, StopIteration):
+        return None
+
+
+def available_bytes() -> int | None:
+    """Memory that new work can have without swapping; None where the system hides it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _memory_line(name: str, process: int | str = "self") -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
