@@ -38,7 +38,7 @@ from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.patching import threshold_for_patch_size
 from blt.model.transformer import Transformer, initialise
-from blt.optimise import Job, ReportWindow, build_optimizer, next_id_loss, train_step
+from blt.optimise import Job, Loss, ReportWindow, build_optimizer, next_id_loss, prepare, train_step
 from blt.train import resolve_dtype
 
 PATCH_BYTES = 4.5  # what each case's threshold is calibrated to
@@ -108,14 +108,19 @@ class Trainer:
     def __init__(
         self, network: nn.Module, training: TrainingConfig, loss: Callable[[Tensor], tuple[Tensor, int]]
     ) -> None:
+        def summed(rows: Tensor, _: Tensor | None) -> Loss:
+            nats, patches = loss(rows)
+            return Loss(nats, nats, patches)
+
         self.network = network.train()
+        prepare(network, training)
         self.optimizer = build_optimizer(network, training)
         self.job = Job(
             name="benchmark",
             model=network,
             config=training,
             state_folder=Path("nowhere"),
-            loss=loss,
+            loss=summed,
             evaluate=dict,
             save_model=lambda: None,
             flops_per_byte=lambda mean_patch: math.nan,
@@ -125,7 +130,7 @@ class Trainer:
         """Seconds of a step on these rows, and patches in them."""
         window = ReportWindow()
         begin = time.perf_counter()
-        train_step(self.job, self.optimizer, rows, window)
+        train_step(self.job, self.optimizer, rows, None, window)
         return time.perf_counter() - begin, window.patches
 
     @property
