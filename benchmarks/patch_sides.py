@@ -76,9 +76,8 @@ class NgramPatcher:
 
     @classmethod
     def counted(cls, documents: Sequence[bytes], name: str) -> "NgramPatcher":
-        from blt.model.ngram_entropy_model import NgramCounts
-
         from blt.config import NgramEntropyModelConfig
+        from blt.model.ngram_entropy_model import NgramCounts
 
         counts = NgramCounts(NgramEntropyModelConfig(kind="ngram"))
         text = np.frombuffer(b"".join(documents), np.uint8)

@@ -8,13 +8,19 @@ from tiny import randomise
 from torch import Tensor
 
 from blt.model.attention import CrossAttention, DecoderCrossAttention, EncoderCrossAttention
-from blt.model.patching import flat_index
 from blt.model.rotary import rotary_rotation, rotate
 
 WIDTH, NUM_HEADS, NUM_BYTES, NUM_PATCHES = 12, 3, 7, 5
 CPU = torch.device("cpu")
 # Row 0 has as many patches as the batch, row 1 a long one and two empty ones.
 PATCH_IDS = torch.tensor([[0, 1, 2, 2, 3, 3, 4], [0, 1, 1, 1, 1, 2, 2]])
+
+
+def flat_index(ids: Tensor, num_patches: int) -> Tensor:
+    """Patch ids counted through all rows, each row with room for ``num_patches``."""
+    return (ids + num_patches * torch.arange(len(ids))[:, None]).flatten()
+
+
 NEWEST_CLOSED = torch.tensor([[0, 1, 1, 2, 2, 3, 4], [0, 0, 0, 0, 1, 1, 1]])
 
 

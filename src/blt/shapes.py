@@ -27,12 +27,15 @@ NewestClosedPatch = Int[
     Tensor, "batch byte"
 ]  # the newest patch that is closed once it is known whether t + 1 starts one
 PatchLengths = Int[Tensor, "batch patch"]  # bytes; 0 where a row has fewer patches than its batch
-Segments = Int[Tensor, " flat_byte"]  # bytes of all rows one after another: the patch that holds each
+Segments = Int[
+    Tensor, " flat_byte"
+]  # bytes of all rows one after another: the flat_patch that holds, or is read by, each
+PatchPositions = Int[Tensor, " flat_patch"]  # patches of all rows one after another: which of its row each is
 
 # the network
 ByteStates = Float[Tensor, "batch byte byte_dim"]
-PatchStates = Float[Tensor, "batch patch slots_dim"]  # slots_dim = slots_per_patch * encoder width
-LatentStates = Float[Tensor, "batch patch latent_dim"]
+PatchStates = Float[Tensor, "flat_patch slots_dim"]  # slots_dim = slots_per_patch * encoder width
+LatentStates = Float[Tensor, "flat_patch latent_dim"]
 Logits = Float[Tensor, "batch byte vocab"]  # entry t predicts id t + 1
 
 # attention

@@ -7,10 +7,10 @@ from torch import nn
 
 from blt.byte_ids import document_ids
 from blt.config import ModelConfig
-from blt.model.latent_transformer import LatentTransformer, patch_documents
+from blt.model.latent_transformer import LatentTransformer, patch_documents, patch_positions
 from blt.model.local_decoder import LocalDecoder
 from blt.model.local_encoder import LocalEncoder
-from blt.model.patching import newest_closed_patch, patch_ids
+from blt.model.patching import first_patches, newest_closed_patch, patch_ids
 from blt.shapes import ByteIds, Logits, PatchStarts
 
 
@@ -32,8 +32,10 @@ class ByteLatentTransformer(nn.Module):
         """
         if not bool(patch_starts[:, :2].all()):
             raise ValueError("the first two ids of every row start a patch (BOS is a patch of its own)")
-        documents = document_ids(byte_ids)
-        ids = patch_ids(patch_starts)
-        byte_states, patch_states = self.local_encoder(byte_ids, ids, documents)
-        latent_states = self.latent_transformer(patch_states, patch_documents(byte_ids, ids))
-        return self.local_decoder(byte_states, latent_states, newest_closed_patch(patch_starts), documents)
+        documents, ids = document_ids(byte_ids), patch_ids(patch_starts)
+        first = first_patches(ids)[:, None]
+        held_by, read = (ids + first).flatten(), (newest_closed_patch(patch_starts) + first).flatten()
+        byte_states, patch_states = self.local_encoder(byte_ids, held_by, documents)
+        of_patches = patch_documents(byte_ids, held_by), patch_positions(ids, held_by)
+        latent_states = self.latent_transformer(patch_states, *of_patches)
+        return self.local_decoder(byte_states, latent_states, read, documents)

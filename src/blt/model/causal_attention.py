@@ -6,11 +6,12 @@ with the row and memory does not hold the scores (the backward pass works them o
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -22,12 +23,19 @@ TILE_QUERIES = 128  # or half a window, if that is less; 64 and 256 are slower i
 FlatHeads = Float[Tensor, "batch_head position head_dim"]
 
 
+class Edge(NamedTuple):
+    """Some of a tile's keys, counted from the tile's first, of which some queries may read only a part."""
+
+    keys: slice
+    forbidden: Bool[Tensor, "batch_or_one 1 query key"]
+
+
 class Tile(NamedTuple):
-    """Neighbouring queries, and the stretch of keys that holds all that they may read."""
+    """Neighbouring queries, and the stretch of keys that holds all that they may read; all of it but for the edges."""
 
     queries: slice
     keys: slice
-    forbidden: Bool[Tensor, "batch_or_one 1 query key"]
+    edges: list[Edge]
 
 
 Reach = list[Tile] | BlockMask  # which positions each position may read, as ``attend`` wants it
@@ -46,12 +54,15 @@ def oldest_read(documents: DocumentIds, window_positions: int | None) -> OldestR
     return oldest if window_positions is None else oldest.maximum(index - window_positions + 1)
 
 
-def positions_in_reach(documents: DocumentIds, window_positions: int | None) -> Reach:
-    """Which positions each may read, for all layers of a stack: its document's, not after it, in its window."""
+def positions_in_reach(documents: DocumentIds, window_positions: int | None, row_starts: Sequence[int] = (0,)) -> Reach:
+    """Which positions each may read, for all layers of a stack: its document's, not after it, in its window.
+
+    ``row_starts``: where rows begin, if several follow one another in one; no document reaches across.
+    """
     oldest = oldest_read(documents, window_positions)
     if documents.device.type == "cuda":
         return block_mask(oldest)
-    return tiles(oldest, window_positions)
+    return tiles(oldest, window_positions, row_starts)
 
 
 def attend(queries: Heads, keys: Heads, values: Heads, reach: Reach) -> Heads:
@@ -80,28 +91,44 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def tiles(oldest: OldestRead, window_positions: int | None) -> list[Tile]:
-    """The queries in tiles, each with its keys.
+def tiles(oldest: OldestRead, window_positions: int | None, row_starts: Sequence[int] = (0,)) -> list[Tile]:
+    """The queries in tiles, each with its keys; a row that begins begins a tile.
 
-    Rows that hold one document share the tiles' masks, and all tiles beyond the first window share one.
+    Rows that hold one document share the tiles' edges, and so do all tiles beyond the first window.
     """
     num_positions = oldest.shape[1]
     index = torch.arange(num_positions, device=oldest.device)
     plain = 0 if window_positions is None else (index - window_positions + 1).clamp(min=0)
     alike = bool((oldest == plain).all())
     oldest = oldest[:1] if alike else oldest
-    masks: dict[tuple[int, int], Tensor] = {}
-    found = []
     size = TILE_QUERIES if window_positions is None else min(TILE_QUERIES, -(-window_positions // 2))
-    for begin in range(0, num_positions, size):
-        end = min(begin + size, num_positions)
-        first = int(oldest[:, begin].min())
-        shape = (end - begin, begin - first)
-        if not alike or shape not in masks:
-            key, query = index[first:end], index[begin:end, None]
-            masks[shape] = ((key > query) | (key < oldest[:, begin:end, None]))[:, None]
-        found.append(Tile(slice(begin, end), slice(first, end), masks[shape]))
+    bounds = [*row_starts, num_positions]
+    begins = [begin for start, stop in pairwise(bounds) for begin in range(start, stop, size)]
+    ends = [*begins[1:], num_positions]
+    first_keys = oldest[:, begins].amin(0).tolist()
+    newest_first = oldest[:, [end - 1 for end in ends]].amax(0).tolist()
+    known: dict[tuple[int, ...], list[Edge]] = {}
+    found = []
+    for begin, end, first, last_first in zip(begins, ends, first_keys, newest_first, strict=True):
+        shape = (end - begin, begin - first, last_first - first)
+        if not alike or shape not in known:
+            # what all queries may read lies from the newest of their oldest keys to the first query
+            parts = (
+                [(0, end - first)] if last_first >= begin else [(0, last_first - first), (begin - first, end - first)]
+            )
+            known[shape] = [
+                Edge(slice(*keys), _forbidden(index[first:][slice(*keys)], index[begin:end], oldest[:, begin:end]))
+                for keys in parts
+                if keys[0] < keys[1]
+            ]
+        found.append(Tile(slice(begin, end), slice(first, end), known[shape]))
     return found
+
+
+def _forbidden(
+    keys: Int[Tensor, " key"], queries: Int[Tensor, " query"], oldest: Int[Tensor, "batch_or_one query"]
+) -> Bool[Tensor, "batch_or_one 1 query key"]:
+    return ((keys > queries[:, None]) | (keys < oldest[..., None]))[:, None]
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -145,5 +172,6 @@ class _TiledAttention(torch.autograd.Function):
 def _weights(queries: FlatHeads, keys: FlatHeads, tile: Tile, batch: int) -> Float[Tensor, "batch_head query key"]:
     """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
     scores = torch.bmm(queries[:, tile.queries], keys[:, tile.keys].mT)
-    scores.unflatten(0, (batch, -1)).masked_fill_(tile.forbidden, -torch.inf)
+    for edge in tile.edges:
+        scores.unflatten(0, (batch, -1))[..., edge.keys].masked_fill_(edge.forbidden, -torch.inf)
     return scores.softmax(-1)

@@ -1,14 +1,15 @@
 """Patch states -> latent states: the large transformer, which runs once per patch (3.1)."""
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from blt.byte_ids import EOS
 from blt.config import TransformerConfig
 from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.transformer import Transformer
-from blt.shapes import ByteIds, DocumentIds, LatentStates, PatchIds, PatchStates
+from blt.shapes import ByteIds, DocumentIds, LatentStates, PatchIds, PatchPositions, PatchStates, Segments
 
 
 class LatentTransformer(nn.Module):
@@ -20,20 +21,36 @@ class LatentTransformer(nn.Module):
         self.input_proj = nn.Identity() if same_width else Linear(patch_state_width, config.width)
         self.transformer = Transformer(config)
 
-    def forward(self, patch_states: PatchStates, documents: DocumentIds) -> LatentStates:
-        return self.transformer(self.input_proj(patch_states), documents)
+    def forward(self, patch_states: PatchStates, documents: DocumentIds, positions: PatchPositions) -> LatentStates:
+        """The patches of all rows one after another, as one row of documents: no patch is padding."""
+        return self.transformer(self.input_proj(patch_states)[None], documents, positions)[0]
 
-    def extend(self, patch_states: PatchStates, kept: Kept) -> LatentStates:
+    def extend(
+        self, patch_states: Float[Tensor, "row new slots_dim"], kept: Kept
+    ) -> Float[Tensor, "row new latent_dim"]:
         """``forward`` for newly closed patches."""
         return self.transformer.extend(self.input_proj(patch_states), kept)
 
 
-def patch_documents(byte_ids: ByteIds, patch_ids: PatchIds) -> DocumentIds:
-    """Which document each patch belongs to: a patch that holds an EOS is the last of its document.
+def patch_documents(byte_ids: ByteIds, segments: Segments) -> Int[Tensor, "1 patch"]:
+    """Which document each patch belongs to, all rows in one: a patch that holds an EOS, or a row's end, is the last of its own.
 
-    >>> patch_documents(torch.tensor([[1, 70, 2, 1, 71]]), torch.tensor([[0, 1, 1, 2, 3]])).tolist()
-    [[0, 0, 1, 1]]
+    >>> rows, segments = torch.tensor([[1, 70, 2, 1, 71], [1, 70, 70, 70, 70]]), torch.tensor([0, 1, 1, 2, 3, 4, 5, 5, 5, 5])
+    >>> patch_documents(rows, segments).tolist()
+    [[0, 0, 1, 1, 2, 2]]
     """
-    closes = torch.zeros(byte_ids.shape[0], int(patch_ids.max()) + 1, dtype=torch.long, device=byte_ids.device)
-    closes = closes.scatter_reduce(1, patch_ids, (byte_ids == EOS).long(), "amax")
-    return closes.cumsum(1) - closes
+    is_last = byte_ids == EOS
+    is_last[:, -1] = True
+    closes = torch.zeros(int(segments[-1]) + 1, dtype=torch.long, device=byte_ids.device)
+    closes = closes.scatter_reduce(0, segments, is_last.flatten().long(), "amax")
+    return (closes.cumsum(0) - closes)[None]
+
+
+def patch_positions(ids: PatchIds, segments: Segments) -> PatchPositions:
+    """Which patch of its row each is, all rows one after another.
+
+    >>> patch_positions(torch.tensor([[0, 1, 1], [0, 1, 2]]), torch.tensor([0, 1, 1, 2, 3, 4])).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    positions = torch.zeros(int(segments[-1]) + 1, dtype=torch.long, device=ids.device)
+    return positions.scatter(0, segments, ids.flatten())

@@ -11,9 +11,8 @@ from blt.model.attention import DecoderCrossAttention
 from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
-from blt.model.patching import flat_index
 from blt.model.transformer import Transformer
-from blt.shapes import ByteStates, DocumentIds, LatentStates, Logits, NewestClosedPatch
+from blt.shapes import ByteStates, DocumentIds, LatentStates, Logits, Segments
 
 SlotHeads = Float[Tensor, "patch slot head head_dim"]
 LayerSlots = list[tuple[SlotHeads, SlotHeads]]  # of each layer: keys and values of the patches' slots
@@ -37,14 +36,14 @@ class LocalDecoder(nn.Module):
         self,
         byte_states: ByteStates,
         latent_states: LatentStates,
-        newest_closed: NewestClosedPatch,
+        read: Segments,
         documents: DocumentIds,
     ) -> Logits:
-        slots = self.slot_keys_values(latent_states.flatten(0, 1))
-        patch_of_byte = flat_index(newest_closed, latent_states.shape[1])
+        """``read``: the newest closed patch of each byte."""
+        slots = self.slot_keys_values(latent_states)
         rotation, reach = self.transformer.rotation_and_reach(documents)
         for layer, block in enumerate(self.transformer.blocks):
-            keys, values = (part.index_select(0, patch_of_byte) for part in slots[layer])
+            keys, values = (part.index_select(0, read) for part in slots[layer])
             byte_states = self.crosses[layer].read_patches(byte_states, keys, values)
             byte_states = self.transformer.run_block(block, byte_states, rotation, reach)
         return self.predict(byte_states)
@@ -56,7 +55,7 @@ class LocalDecoder(nn.Module):
             byte_states = block.extend(byte_states, layer, kept)
         return self.predict(byte_states)
 
-    def slot_keys_values(self, latent_states: Float[Tensor, "patch latent_dim"]) -> LayerSlots:
+    def slot_keys_values(self, latent_states: LatentStates) -> LayerSlots:
         """What bytes will read of these patches in each layer."""
         slots = self.slot_proj(latent_states).unflatten(-1, (self.slots_per_patch, -1))
         return [cross_attention.keys_values(slots) for cross_attention in self.crosses]

@@ -9,9 +9,8 @@ from blt.model.attention import EncoderCrossAttention
 from blt.model.hash_embeddings import HashEmbeddings, TableRows
 from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
-from blt.model.patching import flat_index
 from blt.model.transformer import Transformer
-from blt.shapes import ByteIds, ByteStates, DocumentIds, PatchIds, PatchStates, Segments
+from blt.shapes import ByteIds, ByteStates, DocumentIds, PatchStates, Segments
 
 
 class LocalEncoder(nn.Module):
@@ -30,13 +29,10 @@ class LocalEncoder(nn.Module):
         self.slot_proj = Linear(config.width, slots_per_patch * config.width)
         self.cross_attention = EncoderCrossAttention(config.width, config.num_heads, config.norm_eps)
 
-    def forward(self, byte_ids: ByteIds, patch_ids: PatchIds, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
+    def forward(self, byte_ids: ByteIds, segments: Segments, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
         embedded = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
         byte_states = self.transformer(embedded, documents)
-        batch, num_patches = byte_ids.shape[0], int(patch_ids.max()) + 1
-        segments = flat_index(patch_ids, num_patches)
-        patch_states = self.gather_patches(byte_states.flatten(0, 1), segments, batch * num_patches)
-        return byte_states, patch_states.unflatten(0, (batch, num_patches))
+        return byte_states, self.gather_patches(byte_states.flatten(0, 1), segments, int(segments[-1]) + 1)
 
     def extend(self, byte_ids: ByteIds, rows: TableRows, kept: Kept) -> ByteStates:
         """States of new bytes of rows whose earlier ones are in the cache; ``rows``: what their n-grams select."""
@@ -45,7 +41,7 @@ class LocalEncoder(nn.Module):
 
     def gather_patches(
         self, byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int
-    ) -> Float[Tensor, "patch slots_dim"]:
+    ) -> PatchStates:
         """One state per patch, from the states of its bytes."""
         slots = self.slot_proj(max_over_patches(byte_states, segments, num_patches))
         slots = slots.unflatten(-1, (self.slots_per_patch, -1))
@@ -56,7 +52,7 @@ class LocalEncoder(nn.Module):
 def max_over_patches(
     byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int
 ) -> Float[Tensor, "patch byte_dim"]:
-    """The element-wise maximum over each patch's bytes; 0 for the empty patches beyond a row's last.
+    """The element-wise maximum over each patch's bytes; 0 for a patch without any.
 
     >>> import torch
     >>> states = torch.tensor([[1.0, 0.0], [2.0, -3.0], [0.5, -1.0]])

@@ -24,7 +24,6 @@ from blt.shapes import (
     PatchIds,
     PatchLengths,
     PatchStarts,
-    Segments,
 )
 
 MAX_ENTROPY = math.log(VOCAB_SIZE)  # nats
@@ -174,14 +173,14 @@ def newest_closed_patch(starts: PatchStarts) -> NewestClosedPatch:
     return starts.long().cumsum(1)[:, 1:] - 2
 
 
-def flat_index(ids: PatchIds, num_patches: int) -> Segments:
-    """Patch ids counted through all rows of a batch, rows one after another.
+def first_patches(ids: PatchIds) -> Int[Tensor, " batch"]:
+    """Where each row's patches begin when those of all rows stand one after another, without padding between.
 
-    >>> flat_index(torch.tensor([[0, 1, 1], [0, 0, 1]]), 2).tolist()
-    [0, 1, 1, 2, 2, 3]
+    >>> first_patches(torch.tensor([[0, 1, 1, 2], [0, 1, 1, 1]])).tolist()
+    [0, 3]
     """
-    row = torch.arange(ids.shape[0], device=ids.device)[:, None]
-    return (ids + row * num_patches).flatten()
+    counts = ids[:, -1] + 1
+    return counts.cumsum(0) - counts
 
 
 def patch_lengths(ids: PatchIds) -> PatchLengths:

@@ -4,7 +4,8 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blt.config import TransformerConfig
@@ -69,8 +70,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.recompute = False  # in the backward pass, what is inside each block: less memory, a third more time
 
-    def forward(self, states: States, documents: DocumentIds) -> States:
-        rotation, reach = self.rotation_and_reach(documents)
+    def forward(
+        self, states: States, documents: DocumentIds, positions: Int[Tensor, " position"] | None = None
+    ) -> States:
+        """``positions``: where each state stands in its row, if several rows follow one another; absent: where it is."""
+        rotation, reach = self.rotation_and_reach(documents, positions)
         for block in self.blocks:
             states = self.run_block(block, states, rotation, reach)
         return states
@@ -92,11 +96,16 @@ class Transformer(nn.Module):
         """The layers, as what they are."""
         return cast("list[Block]", list(self.layers))
 
-    def rotation_and_reach(self, documents: DocumentIds) -> tuple[Rotation, Reach]:
+    def rotation_and_reach(
+        self, documents: DocumentIds, positions: Int[Tensor, " position"] | None = None
+    ) -> tuple[Rotation, Reach]:
         """What every layer of the stack shares: rotary rotation, and which positions each may read."""
-        config = self.config
+        config, window = self.config, self.config.window_positions
         rotation = rotary_rotation(documents.shape[1], config.head_dim, config.rope_theta, documents.device)
-        return rotation, positions_in_reach(documents, config.window_positions)
+        if positions is None:
+            return rotation, positions_in_reach(documents, window)
+        row_starts = (positions == 0).nonzero().flatten().tolist()
+        return rotation[positions], positions_in_reach(documents, window, row_starts)
 
 
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
