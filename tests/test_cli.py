@@ -443,7 +443,7 @@ def test_the_demo_trains_with_the_entropy_model_that_is_asked_for(
         asked.append((config.model.entropy_model.kind, config.entropy_training is not None))
         raise ValueError("enough")
 
-    monkeypatch.setattr("blt.cli._train", refuse)
+    monkeypatch.setattr("blt.training_commands._train", refuse)
     for option in ([], ["--entropy-model", "transformer"], ["--entropy-model", "ngram"]):
         assert blt_command("demo", *option).code == 1
     assert asked == [("transformer", True), ("transformer", True), ("ngram", False)]

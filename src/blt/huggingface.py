@@ -307,7 +307,10 @@ def _named_weights_of(
 
 
 def _fill(module: nn.Module, prefix: str, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    module.load_state_dict({name: weights[prefix + name].to(dtype) for name in module.state_dict()}, assign=True)
+    """Floating-point weights in ``dtype``; tables of whole numbers stay what they are."""
+    expected = module.state_dict()
+    kept = {name: dtype if weight.is_floating_point() else weight.dtype for name, weight in expected.items()}
+    module.load_state_dict({name: weights[prefix + name].to(kept[name]) for name in expected}, assign=True)
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:

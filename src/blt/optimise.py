@@ -1,5 +1,6 @@
 """One training loop for every network: rows in, updates out, reports on the way, state that resumes exactly."""
 
+import ctypes
 import json
 import math
 import signal
@@ -164,12 +165,27 @@ def optimise(
 
 
 def prepare(model: nn.Module, config: TrainingConfig) -> None:
-    """Set up what of a network depends on how it is trained: its tables' numbers, what its layers keep."""
+    """Set up what depends on how a network is trained: its tables' numbers, what its layers keep, the process's memory."""
+    keep_freed_memory()
     for part in model.modules():
         if isinstance(part, HashEmbeddings):
             part.to(torch.bfloat16 if config.table_dtype == "bfloat16" else torch.float32)
         elif isinstance(part, Transformer):
             part.recompute = config.recompute_activations
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, which asks for it again. Elsewhere nothing happens.
+
+    Given back to the system, each page is zeroed and mapped anew: 7 to 12% of a step in bf16 (docs/log.md).
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # of malloc.h
+    for option, num_bytes in ((mmap_threshold, 2**25), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+        set_option(option, num_bytes)
 
 
 def product_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:

@@ -1,9 +1,12 @@
 """AdamW whose cost, for an embedding table, is that of the rows that a step has read, however many there are.
 
-A table's gradient is row-sparse: the rows that were looked up, and nothing for the others. What happens to a row is
-what AdamW (arXiv 1711.05101) does to a tensor of its own that takes part in those steps only that read it: moments,
-bias correction and weight decay stand still in between. Dense AdamW also moves rows that a step has not read, along what
-is left of their momentum, and pays for all rows at every step.
+A table's gradient is row-sparse: the rows that were looked up, and nothing for the others. Dense AdamW (arXiv 1711.05101)
+goes on moving those others along what is left of their momentum, and pays for every row at every step. Here a row that is
+read after a gap of g steps moves at once as far as dense AdamW would move it in g steps without another gradient, the best
+guess at when it is read next: its moments have decayed by beta^g, and the update is multiplied with the sum of r^i over
+i in 0..g-1, r = beta_1 / sqrt(beta_2), which is how momentum over root mean square fades. So rows that are read at every
+step get dense AdamW to the letter, rows that are read every g steps what it gives them from one reading to the next (but for
+eps, and for a learning rate that changes in between), and rows that are never read stay as they are.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +22,7 @@ RowValues = Float[Tensor, "touched width"]
 
 
 class RowAdamW(torch.optim.AdamW):
-    """Fused AdamW; in groups that say ``by_row`` each row of a parameter counts its own steps.
+    """Fused AdamW; in groups that say ``by_row`` the rows of a parameter are updated where they were read.
 
     Tables in bf16 have their moments in bf16, too; the update is worked out in fp32 and the new weight rounded up or down at
     random, in proportion to the distance, so that updates below bf16's precision are not lost.
@@ -41,24 +44,34 @@ class RowAdamW(torch.optim.AdamW):
     def _step_rows(self, group: dict[str, Any], table: nn.Parameter, rows: Rows, gradient: RowValues) -> None:
         state = self.state[table]
         if not state:
-            state["step"] = torch.zeros(len(table), device=table.device)
+            state["now"] = torch.zeros((), dtype=torch.int64)
+            state["step"] = torch.zeros(len(table), device=table.device)  # at which each row was read last
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-        beta_1, beta_2 = group["betas"]
+        state["now"] += 1
+        now, (beta_1, beta_2), rate = int(state["now"]), group["betas"], group["lr"]
         gradient = gradient.float()
-        steps = state["step"].index_select(0, rows) + 1
-        mean = state["exp_avg"].index_select(0, rows).float().lerp_(gradient, 1 - beta_1)
-        square = state["exp_avg_sq"].index_select(0, rows).float().mul_(beta_2)
+        gaps = (now - state["step"].index_select(0, rows))[:, None]
+        mean = state["exp_avg"].index_select(0, rows).float().mul_(beta_1**gaps).add_(gradient, alpha=1 - beta_1)
+        square = state["exp_avg_sq"].index_select(0, rows).float().mul_(beta_2**gaps)
         square.addcmul_(gradient, gradient, value=1 - beta_2)
-        for name, value in (("step", steps), ("exp_avg", mean), ("exp_avg_sq", square)):
+        state["step"][rows] = float(now)
+        for name, value in (("exp_avg", mean), ("exp_avg_sq", square)):
             state[name].index_copy_(0, rows, value.to(state[name].dtype))
-        rate = group["lr"] / (1 - beta_1**steps)
-        spread = square.div_((1 - beta_2**steps)[:, None]).sqrt_().add_(group["eps"])
-        weights = table.index_select(0, rows).float().mul_(1 - group["lr"] * group["weight_decay"])
-        weights.sub_(mean.mul_(rate[:, None]).div_(spread))
+        spread = square.div_(1 - beta_2**now).sqrt_().add_(group["eps"])
+        moves = mean.mul_(rate / (1 - beta_1**now) * steps_of_momentum(gaps, beta_1 / beta_2**0.5)).div_(spread)
+        weights = table.index_select(0, rows).float().mul_((1 - rate * group["weight_decay"]) ** gaps).sub_(moves)
         if table.dtype == torch.bfloat16:
-            state["rounding_seed"] = state.get("rounding_seed", torch.zeros((), dtype=torch.int64)) + 1
-            weights = round_at_random(weights, int(state["rounding_seed"]))
+            weights = round_at_random(weights, seed=now)
         table.index_copy_(0, rows, weights)
+
+
+def steps_of_momentum(gaps: Float[Tensor, "touched 1"], ratio: float) -> Float[Tensor, "touched 1"]:
+    """How many steps of now's size ``gaps`` steps are, where each is ``ratio`` of the one before.
+
+    >>> steps_of_momentum(torch.tensor([[1.0], [2.0], [1000.0]]), ratio=0.5).flatten().tolist()
+    [1.0, 1.5, 2.0]
+    """
+    return gaps if ratio >= 1 else (1 - ratio**gaps) / (1 - ratio)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

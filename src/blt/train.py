@@ -233,8 +233,12 @@ def _teacher(config: RunConfig, device: torch.device) -> EntropyModel | None:
         return None
     assert config.entropy_training is not None
     teachers_config, found = load_entropy_model(model_folder(config.entropy_teacher))
-    if not isinstance(found, EntropyModel):
-        raise ValueError(f"entropy_teacher {config.entropy_teacher} has no entropy network; name a model that has one")
+    if found is None:
+        raise ValueError(f"entropy_teacher {config.entropy_teacher} has no entropy model; name a model that has one")
+    if isinstance(found, NgramEntropyModel):
+        raise ValueError(
+            f"entropy_teacher {config.entropy_teacher} counts n-grams and predicts no byte; name another model"
+        )
     if config.entropy_training.row_bytes > teachers_config.max_bytes:
         raise ValueError(
             f"entropy_training.row_bytes {config.entropy_training.row_bytes} exceeds the {teachers_config.max_bytes} "

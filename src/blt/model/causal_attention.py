@@ -69,11 +69,11 @@ def attend(queries: Heads, keys: Heads, values: Heads, reach: Reach) -> Heads:
     """Softmax attention (scores over the square root of the head's width) of each query to what it may read."""
     if isinstance(reach, BlockMask):
         return _compiled_flex_attention()(queries, keys, values, block_mask=reach)
-    kind = queries.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
-    return _TiledAttention.apply(queries, keys, values, reach)
+    kind, dtype = queries.device.type, values.dtype
+    # training asks for fast products; weights that are in bf16 should not cost the scores their precision as well
+    inner = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    mixed = _TiledAttention.apply(queries.to(inner), keys.to(inner), values.to(inner), reach)
+    return mixed if torch.is_autocast_enabled(kind) else mixed.to(dtype)
 
 
 def block_mask(oldest: OldestRead) -> BlockMask:
@@ -142,7 +142,7 @@ class _TiledAttention(torch.autograd.Function):
         mixed = torch.empty_like(flat_values)
         with torch.autocast(queries.device.type, enabled=False):
             for tile in found:
-                weights = _weights(flat_queries, flat_keys, tile, batch)
+                weights = _weights(flat_queries[:, tile.queries], flat_keys[:, tile.keys], tile, batch)
                 mixed[:, tile.queries] = torch.bmm(weights, flat_values[:, tile.keys])
         ctx.save_for_backward(flat_queries, flat_keys, flat_values, mixed)
         ctx.found, ctx.batch = found, batch
@@ -157,21 +157,29 @@ class _TiledAttention(torch.autograd.Function):
         of_queries = torch.empty_like(queries)
         of_keys, of_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
         for tile in ctx.found:
-            weights = _weights(queries, keys, tile, ctx.batch)
-            own = of_mixed[:, tile.queries]
+            own_queries, read_keys = (
+                _contiguous_in_bf16(queries[:, tile.queries]),
+                _contiguous_in_bf16(keys[:, tile.keys]),
+            )
+            weights, own = _weights(own_queries, read_keys, tile, ctx.batch), of_mixed[:, tile.queries]
             of_values[:, tile.keys] += torch.bmm(weights.mT, own)
             of_scores = torch.bmm(own, values[:, tile.keys].mT).sub_(of_weights_mean[:, tile.queries]).mul_(weights)
-            of_queries[:, tile.queries] = torch.bmm(of_scores, keys[:, tile.keys])
-            of_keys[:, tile.keys] += torch.bmm(of_scores.mT, queries[:, tile.queries])
+            of_queries[:, tile.queries] = torch.bmm(of_scores, read_keys)
+            of_keys[:, tile.keys] += torch.bmm(of_scores.mT, own_queries)
         of_queries *= queries.shape[-1] ** -0.5
         found = (of_queries, of_keys.to(keys.dtype), of_values.to(values.dtype))
         of_query_heads, of_key_heads, of_value_heads = (part.unflatten(0, (ctx.batch, -1)) for part in found)
         return of_query_heads, of_key_heads, of_value_heads, None
 
 
+def _contiguous_in_bf16(part: FlatHeads) -> FlatHeads:
+    """bf16 products copy what is not contiguous, each of them anew; those in fp32 need no copy."""
+    return part.contiguous() if part.dtype == torch.bfloat16 else part
+
+
 def _weights(queries: FlatHeads, keys: FlatHeads, tile: Tile, batch: int) -> Float[Tensor, "batch_head query key"]:
     """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
-    scores = torch.bmm(queries[:, tile.queries], keys[:, tile.keys].mT)
+    scores = torch.bmm(queries, keys.mT)
     for edge in tile.edges:
         scores.unflatten(0, (batch, -1))[..., edge.keys].masked_fill_(edge.forbidden, -torch.inf)
     return scores.softmax(-1)
