@@ -8,7 +8,8 @@ the first run's training text, and the rules `space` and `fixed`, which need no 
 short stretch of text each, so that whatever else the machine does meets all alike; a figure is the median of its stretches,
 `tokenizer_ratio` is over tiktoken.
 
-Cuts: `boundary_f1` is the F1 of a patcher's starts against those of the `reference`, a transformer entropy model, when both
+Cuts: `boundary_f1` is the F1 of a patcher's starts against those of the `reference`, a transformer entropy model (if no run has
+one, the demo's is trained on `--data` first), when both
 cut this text into patches of the same mean size (thresholds are calibrated for each text; a rule has the size that it has, and
 the reference's threshold follows). Starts that every patcher makes, BOS and the first byte of a row, do not count.
 `random_f1` is what as many starts anywhere reach. Texts: what the first run holds out of `--data`, and of FOLDER code, English
@@ -19,6 +20,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,6 +52,7 @@ QUICK = Plan(
     5, stretch_seconds=0.2, speed_bytes=4_000_000, learn_bytes=2_000_000, vocabulary=4096, agreement_bytes=16_384
 )
 TINY = Plan(2, stretch_seconds=0.01, speed_bytes=20_000, learn_bytes=10_000, vocabulary=300, agreement_bytes=2_000)
+DEFAULT_RUN = Path("runs/demo")
 PILOT_BYTES = 16_384  # cut once to know how much makes a stretch
 LEAST_BYTES = 4096  # of a stretch
 FIXED_BYTES = 4  # of every patch of the rule `fixed`
@@ -107,15 +110,13 @@ def race(contestants: Sequence[Contestant], plan: Plan) -> None:
 
 def patchers_of(runs: Sequence[Path], training: Sequence[bytes], sample: bytes, data: str) -> list[Any]:
     """The patchers of all runs, n-gram counts where no run has them, and the rules, each ready to cut."""
-    from patch_sides import PATCH_BYTES, NgramPatcher, Rule, ngrams_are_known, patcher_of_run, rows_of
+    from patch_sides import PATCH_BYTES, NgramPatcher, Rule, patcher_of_run, rows_of
 
     from blt.config import PatchingConfig
     from blt.model.patching import threshold_for_patch_size
 
     found: list[Any] = [patcher_of_run(run) for run in runs]
-    if not ngrams_are_known():
-        say("this version of blt counts no n-grams, so no such patcher is measured")
-    elif not any(isinstance(patcher, NgramPatcher) for patcher in found):
+    if not any(isinstance(patcher, NgramPatcher) for patcher in found):
         say(f"n-grams of {sum(map(len, training)) / 1e6:.1f} MB are counted")
         found.append(NgramPatcher.counted(training, f"counts of {Path(data).name}"))
     rows = rows_of(sample)
@@ -185,19 +186,21 @@ def joined(speeds: Sequence[Row], cuts: Sequence[Row]) -> list[Row]:
     return found + rest
 
 
-def measure(plan: Plan, runs: Sequence[Path], data: str, folder: Path, command: str) -> dict[str, Any]:
+def measure(plan: Plan, runs: Sequence[Path], data: str, folder: Path, scratch: Path, command: str) -> dict[str, Any]:
     """All of it: machine, command, rows, summary."""
     import torch
-    from patch_sides import TransformerPatcher, documents_of_run, evaluation_texts
+    from patch_sides import TransformerPatcher, documents_of_run, evaluation_texts, patcher_of_run, train_reference
 
-    torch.set_num_threads(1)
     machine, name = facts(), Path(data).name
+    runs = [run for run in runs if run != DEFAULT_RUN or run.exists()]
+    if not any(isinstance(patcher_of_run(run), TransformerPatcher) for run in runs):
+        say("no transformer among the models: the demo's is trained, which takes about half a minute")
+        runs.append(train_reference(data, scratch / "transformer"))
+    torch.set_num_threads(1)
     training, held_out = documents_of_run(data, runs[0])
     text = b"".join([*held_out, *training])[: plan.speed_bytes]
     sample = b"".join(held_out)[: plan.agreement_bytes]
     patchers = patchers_of(runs, training, sample, data)
-    if not any(isinstance(patcher, TransformerPatcher) for patcher in patchers):
-        raise ValueError("none of the models has a transformer entropy model to compare with; give such a --model RUN")
     speeds, about = measure_speed(patchers, b"".join(training), text, plan)
     texts = {name: sample}
     try:
@@ -229,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
     parser.add_argument("--data", metavar="PATH", default="stdlib", help="text of the first run (%(default)s)")
     parser.add_argument(
-        "--model", type=Path, metavar="RUN", nargs="+", default=[Path("runs/demo")], help="trained (runs/demo)"
+        "--model", type=Path, metavar="RUN", nargs="+", default=[DEFAULT_RUN], help=f"trained ({DEFAULT_RUN})"
     )
     parser.add_argument(
         "--texts", type=Path, metavar="FOLDER", default=Path("../shared/data/eval"), help="other texts (%(default)s)"
@@ -240,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(["python benchmarks/patch.py", *given])
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        result = measure(plan, options.model, options.data, options.texts, command)
+        with tempfile.TemporaryDirectory() as scratch:
+            result = measure(plan, options.model, options.data, options.texts, Path(scratch), command)
     except (ValueError, OSError) as error:
         sys.exit(f"patch.py: {error}")
     publish(result, COLUMNS, options.json, options.out)

@@ -1,6 +1,5 @@
 """What ``patch.py`` lets cut text: entropy models, rules without any, and tokenizers; and how far two of them agree."""
 
-import importlib.util
 import json
 import lzma
 import os
@@ -16,10 +15,13 @@ from torch import Tensor
 
 from blt import load
 from blt.byte_ids import BOS, BYTE_OFFSET
-from blt.config import CorpusConfig, PatchingConfig, read_run_config
+from blt.config import CorpusConfig, NgramEntropyModelConfig, PatchingConfig, read_run_config
 from blt.corpus import is_held_out, read_documents
 from blt.language_model import LanguageModel
-from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
+from blt.model.ngram_entropy_model import NgramCounts, NgramEntropyModel
+from blt.model.patching import mean_patch_bytes, patch_starts, patch_starts_of_documents, threshold_for_patch_size
+from blt.progress import Reporter
+from blt.train import train
 
 ROW_BYTES, ROWS_AT_ONCE = 512, 8  # as training reads them
 PATCH_BYTES = 4.5
@@ -70,15 +72,12 @@ class NgramPatcher:
 
     name = "ngram"
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: NgramEntropyModel, name: str) -> None:
         self.counts, self.model = model, name
         self.threshold_nats: float | None = None
 
     @classmethod
     def counted(cls, documents: Sequence[bytes], name: str) -> "NgramPatcher":
-        from blt.config import NgramEntropyModelConfig
-        from blt.model.ngram_entropy_model import NgramCounts
-
         counts = NgramCounts(NgramEntropyModelConfig(kind="ngram"))
         text = np.frombuffer(b"".join(documents), np.uint8)
         starts = np.cumsum([0, *map(len, documents[:-1])])
@@ -88,15 +87,11 @@ class NgramPatcher:
         return cls(counts.model(), name)
 
     def cut(self, text: bytes) -> Tensor:
-        from blt.model.patching import patch_starts_of_documents
-
         entropies = self.counts.text_entropies(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         return patch_starts_of_documents(entropies, PatchingConfig(threshold_nats=self.threshold_nats))
 
     def entropies(self, rows: Tensor) -> Tensor:
-        found = self.counts.entropies(rows)
-        assert isinstance(found, Tensor)
-        return found
+        return self.counts.entropies(rows)
 
 
 class Tiktoken:
@@ -130,11 +125,6 @@ def patcher_of_run(run: Path) -> TransformerPatcher | NgramPatcher:
         raise ValueError(f"{run} has no entropy model; give a run whose patching rule needs one")
     is_transformer = hasattr(lm.entropy_model, "transformer")
     return TransformerPatcher(run) if is_transformer else NgramPatcher(lm.entropy_model, run.name)
-
-
-def ngrams_are_known() -> bool:
-    """Whether this version of blt counts n-grams."""
-    return importlib.util.find_spec("blt.model.ngram_entropy_model") is not None
 
 
 def one_row(text: bytes) -> Tensor:
@@ -190,6 +180,14 @@ def boundary_f1(found: Tensor, truth: Tensor) -> float:
     """The harmonic mean of precision and recall of starts; 1 where neither has any."""
     both, either = int((found & truth).sum()), int(found.sum() + truth.sum())
     return 2 * both / either if either else 1.0
+
+
+def train_reference(data: str, folder: Path) -> Path:
+    """A run whose entropy model is the demo's transformer, trained on this text; its network has hardly begun to learn."""
+    short = ["training.total_bytes=2048", "training.evaluation_bytes=512"]
+    config = read_run_config("demo_transformer", [f"data.paths={json.dumps([data])}", *short])
+    train(config, folder, torch.device("cpu"), resume=False, reporter=Reporter(quiet=True))
+    return folder
 
 
 def documents_of_run(data: str, run: Path) -> tuple[list[bytes], list[bytes]]:

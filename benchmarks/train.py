@@ -19,7 +19,7 @@ training FLOPs that it costs ours, within 2% (`token_flops_ratio`): of our netwo
 `mfu`: training FLOPs (three forwards of the network, one of the entropy model) per second, over those of a product of
 1,024 x 1,024 matrices in the same dtype just before. `*_beyond_bytes`: how far resident memory rose above weights and
 optimiser state during a step, gradients and activations together, in a fresh process; `hf_memory_ratio`: ours over theirs.
-`*_peak_bytes`: that, and weights and optimiser state. `--set` reaches every key of [training], for instance compile=true.
+`*_peak_bytes`: that, and weights and optimiser state. `--set` reaches every key of [training].
 """
 
 import argparse
@@ -60,7 +60,6 @@ class Plan:
     turns: int  # of ours and of the token model
     long_turns: int  # of rows of more than 4,096 bytes
     stretch_bytes: int  # in one turn, at least
-    compiled: bool  # too, where training knows how
     child_seconds: float  # for all cases of one side
 
 
@@ -77,7 +76,6 @@ FULL = Plan(
     turns=3,
     long_turns=2,
     stretch_bytes=2048,
-    compiled=True,
     child_seconds=180,
 )
 QUICK = Plan(
@@ -90,7 +88,6 @@ QUICK = Plan(
     turns=3,
     long_turns=2,
     stretch_bytes=1024,
-    compiled=False,
     child_seconds=60,
 )
 TINY = Plan(
@@ -103,12 +100,14 @@ TINY = Plan(
     turns=2,
     long_turns=2,
     stretch_bytes=128,
-    compiled=False,
     child_seconds=60,
+)
+STEPS_IN_A_ROW = (
+    3  # of ours and of a token model, which are close: the first of a turn finds other things in the caches
 )
 COLUMNS = {
     **{"comparison": "comparison", "config": "config", "row_bytes": "row bytes", "rows_per_step": "rows"},
-    **{"table_rows": "table rows", "dtype": "dtype", "compiled": "compiled", "entropies": "entropies"},
+    **{"table_rows": "table rows", "dtype": "dtype", "entropies": "entropies"},
     **{"ours_bytes_per_second": "bytes/s", "mfu": "of peak FLOPs", "hf_ratio": "x HF BLT", "token_ratio": "x tokens"},
     **{"growth": "cost / 1,024", "table_cost_ratio": "cost / few rows", "ours_beyond_bytes": "memory beyond"},
     **{"hf_memory_ratio": "/ HF's", "hf_reason": "HF absent as", "reason": "absent as"},
@@ -172,7 +171,8 @@ class Bench:
         """A contestant of ours, with a threshold for the rows that it is going to read, warmed up."""
         import torch
 
-        found = Contestant(ours, case, self.text, self.turns(case), self.plan.stretch_bytes, **changes)
+        stretch = changes.pop("stretch_bytes", self.plan.stretch_bytes)
+        found = Contestant(ours, case, self.text, self.turns(case), stretch, **changes)
         seeds = range(found.turns * found.steps)
         found.threshold = ours.threshold_for(torch.cat([self.text.rows(*case, seed=seed) for seed in seeds]))
         found.step(seed=0)
@@ -214,7 +214,6 @@ def row_of(comparison: str, config: str, ours: Contestant, mode: "Mode", peaks: 
         "rows_per_step": ours.case[1],
         "table_rows": ours.side.models.config.hash_embeddings.table_rows,
         "dtype": ours.side.dtype,
-        "compiled": mode.compiled,
         **mode.options,
         "entropies": "precomputed" if ours.precomputed else "on the fly",
         "mean_patch_bytes": sum(part.num_bytes for part in ours.made) / sum(part.patches for part in ours.made),
@@ -294,8 +293,9 @@ def compare_with_tokens(bench: Bench, config: str, case: Case, tokens: Any) -> l
         for precomputed in (True, False)[: 2 if case[1] == 1 else 1]:
             wanted = flops.network if precomputed else flops.training / 3
             side = Tokens(tokens, ours.models.config.latent, wanted, case[0], mode)
-            entered = bench.enter(ours, case, precomputed=precomputed)
-            theirs = Contestant(side, case, tokens, bench.turns(case), bench.plan.stretch_bytes)
+            stretch = max(bench.plan.stretch_bytes, STEPS_IN_A_ROW * case[0] * case[1])
+            entered = bench.enter(ours, case, precomputed=precomputed, stretch_bytes=stretch)
+            theirs = Contestant(side, case, tokens, bench.turns(case), stretch)
             theirs.step(seed=0)
             pairs.append((mode, entered, theirs))
     peaks = take_turns([one for _, entered, theirs in pairs for one in (entered, theirs)])
@@ -349,16 +349,11 @@ def require_packages(only: Sequence[str]) -> None:
             raise ValueError(missing(package))
 
 
-def modes_of(plan: Plan, dtypes: Sequence[str], options: dict[str, Any]) -> "list[Mode]":
-    """Every dtype, plain and, where the plan asks for it and training can, compiled."""
+def modes_of(dtypes: Sequence[str], options: dict[str, Any]) -> "list[Mode]":
+    """One for each dtype."""
     from train_sides import Mode
 
-    from blt.config import TrainingConfig
-
-    compiles = plan.compiled and "compile" in TrainingConfig.model_fields and "compile" not in options
-    if plan.compiled and not compiles and "compile" not in options:
-        say("training has no compiled steps, so none are measured")
-    modes = [Mode(dtype, compiled, options) for compiled in (False, True)[: 1 + compiles] for dtype in dtypes]
+    modes = [Mode(dtype, options) for dtype in dtypes]
     # what cannot be is said before anything is measured, and auto means the same all the way
     return [replace(mode, dtype=mode.training(512, 1).dtype) for mode in modes]
 
@@ -431,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(["python benchmarks/train.py", *given])
     try:
         require_packages(options.only)
-        modes = modes_of(plan, options.dtype, dict(options.set))
+        modes = modes_of(options.dtype, dict(options.set))
         result = measure(plan, options.only, options.data, modes, command)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")

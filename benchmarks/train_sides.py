@@ -49,10 +49,9 @@ SAME_LOSS = 1e-4  # nats per byte
 
 @dataclass(frozen=True)
 class Mode:
-    """How ours and the token model are trained: the dtype of products, compiled or not, and what ``--set`` says."""
+    """How ours and the token model are trained: the dtype of products, and what ``--set`` says."""
 
     dtype: str = "auto"
-    compiled: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def training(self, row_bytes: int, rows: int) -> TrainingConfig:
@@ -63,7 +62,6 @@ class Mode:
             "rows_per_step": rows,
             "learning_rate": LEARNING_RATE,
             "dtype": self.dtype,
-            **({"compile": True} if self.compiled else {}),
             **self.options,
         }
         return resolve_dtype(validated(TrainingConfig, values, "--set"), torch.device("cpu"))

@@ -18,7 +18,7 @@ from blt.incremental import Networks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 IN_EVERY_TRAINING_ROW = {
-    *("comparison", "config", "row_bytes", "rows_per_step", "table_rows", "dtype", "compiled", "entropies"),
+    *("comparison", "config", "row_bytes", "rows_per_step", "table_rows", "dtype", "entropies"),
     *("ours_bytes_per_second", "mean_patch_bytes", "training_flops_per_byte", "mfu"),
 }
 IN_EVERY_ROW = {"model", "context", "batch", "mode", "ours_bytes_per_second", "bytes_per_latent_call"}

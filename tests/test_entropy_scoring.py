@@ -227,3 +227,19 @@ def test_a_model_folder_needs_a_text_and_a_model_needs_an_entropy_model(
     assert blt_command("train", tiny_toml, *options, "--out", tmp_path / "spaces").code == 0
     refused = blt_command("entropies", tmp_path / "spaces", "--out", tmp_path / "scored")
     assert refused.code == 1 and "has no entropy model to score with: its patching rule is 'space'" in refused.stderr
+
+
+def test_models_that_count_ngrams_are_neither_scored_nor_taken_as_teachers(
+    tiny_toml: Path, tmp_path: Path, blt_command: Blt
+) -> None:
+    counted = ["entropy_training=none", 'model.entropy_model={kind="ngram", table_bits=8}', "training.total_bytes=128"]
+    options = [word for value in counted for word in ("--set", value)]
+    assert blt_command("train", tiny_toml, *options, "--out", tmp_path / "ngrams").code == 0
+    refused = blt_command("entropies", tmp_path / "ngrams", "--out", tmp_path / "scored")
+    assert refused.code == 1 and "n-gram tables as fast as it could read them" in refused.stderr
+    taught = ["--set", f"entropy_teacher={tmp_path / 'ngrams'}", "--out", tmp_path / "taught"]
+    refused = blt_command("train", tiny_toml, *taught)
+    assert refused.code == 1 and "counts n-grams and predicts no byte" in refused.stderr
+    sidecar = ["--set", "data.entropies=scored", "--out", tmp_path / "read"]
+    refused = blt_command("train", tiny_toml, *options, *sidecar)
+    assert refused.code == 1 and "looks them up as fast as they are read" in refused.stderr

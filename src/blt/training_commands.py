@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 EntropyKind = Annotated[Literal["transformer", "ngram"], Parameter(help="A network, or n-gram counts.")]
 
 
-def demo(
-    *, out: Path = Path("runs/demo"), entropy_model: EntropyKind = "transformer", options: Options = Options()
-) -> None:
+def demo(*, out: Path = Path("runs/demo"), entropy_model: EntropyKind = "ngram", options: Options = Options()) -> None:
     """The main job at small scale: trains on Python's own library, evaluates, writes text, draws the picture.
 
     A demo that was interrupted goes on where it stopped.
@@ -29,8 +27,7 @@ def demo(
     from blt.evaluate import evaluation_line
     from blt.report import patched_text, terminal_lines
 
-    counted = ['model.entropy_model={kind="ngram"}', "entropy_training=none"]
-    config = _with_options(read_run_config("demo", counted if entropy_model == "ngram" else ()), options)
+    config = _with_options(read_run_config("demo" if entropy_model == "ngram" else "demo_transformer"), options)
     lm, evaluation = _train(config, out, options, resume=True)
     prompt = b"def read_lines(path):\n"
     sample = prompt + b"".join(lm.stream(prompt, 200, temperature=0.9, seed=options.seed or 0))
@@ -72,7 +69,7 @@ def train(
     Parameters
     ----------
     config
-        A .toml file or the name of a preset: demo, tiny, small, blt_1b, blt_8b.
+        A .toml file or the name of a preset: demo, demo_transformer, tiny, small, blt_1b, blt_8b.
     data
         Files and folders to train on, or stdlib; instead of the config's.
     raw

@@ -177,7 +177,12 @@ def _contiguous_in_bf16(part: FlatHeads) -> FlatHeads:
     return part.contiguous() if part.dtype == torch.bfloat16 else part
 
 
-def _weights(queries: FlatHeads, keys: FlatHeads, tile: Tile, batch: int) -> Float[Tensor, "batch_head query key"]:
+def _weights(
+    queries: Float[Tensor, "batch_head query head_dim"],
+    keys: Float[Tensor, "batch_head key head_dim"],
+    tile: Tile,
+    batch: int,
+) -> Float[Tensor, "batch_head query key"]:
     """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
     scores = torch.bmm(queries, keys.mT)
     for edge in tile.edges:
