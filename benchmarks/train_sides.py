@@ -351,7 +351,8 @@ def equal_flops_config(
 
 
 def sized(name: str, table_rows: int | None = None) -> ModelConfig:
-    """``25m``: of 25.5 million parameters, 11.5 lie in tables. ``110m`` and ``tiny`` as in decode.py, ``demo`` the preset."""
+    """``25m``: of 25.5 million parameters, 11.5 lie in tables. ``110m`` and ``tiny`` as in decode.py, ``demo`` the preset
+    with a transformer."""
     if name == "25m":
         local: dict[str, Any] = {"width": 192, "num_heads": 3, "window_positions": 512}
         config = ModelConfig(
@@ -362,7 +363,7 @@ def sized(name: str, table_rows: int | None = None) -> ModelConfig:
             local_decoder=TransformerConfig(num_layers=3, **local),
         )
     else:
-        config = read_run_config("demo").model if name == "demo" else shape(name)
+        config = read_run_config("demo_transformer").model if name == "demo" else shape(name)
     tables = config.hash_embeddings if table_rows is None else HashEmbeddingsConfig(table_rows=table_rows)
     return config.model_copy(update={"hash_embeddings": tables, "max_bytes": LONGEST_ROW})
 

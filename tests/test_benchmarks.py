@@ -144,7 +144,9 @@ def test_train_refuses_to_time_models_that_compute_different_losses(script: Call
     assert sides.require_same_loss(ours, theirs, row) <= 1e-5
     for side in (ours, theirs):
         assert side.step(row).num_bytes == 64
-    assert ours.kept_bytes() == pytest.approx(theirs.kept_bytes(), rel=1e-3)
+    tables = ours.models.config.hash_embeddings  # of whose rows ours remembers when each was read
+    last_read = 4 * tables.num_tables * tables.table_rows
+    assert ours.kept_bytes() - last_read == pytest.approx(theirs.kept_bytes(), rel=1e-4)
     with torch.no_grad():
         theirs.model.lm_head.weight.mul_(2)
     with pytest.raises(ValueError, match="nothing to compare"):

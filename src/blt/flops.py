@@ -225,9 +225,13 @@ def weight_bytes(config: ModelConfig, bytes_per_parameter: int = 2) -> int:
 def training_bytes(config: ModelConfig) -> int:
     """Memory of AdamW training in fp32, activations not counted.
 
-    16 bytes per trained parameter (weight, gradient, two moments), and 4 per parameter of the frozen entropy model.
+    16 bytes per trained parameter (weight, gradient, two moments), 12 where it lies in a hash table, whose gradient holds the
+    rows of a step only, 4 for each of a table's rows (when it was read last), and 4 per parameter of the frozen entropy model.
     """
-    return 16 * parameter_counts(config)["network"] + _entropy_model_bytes(config, 4)
+    counts, tables = parameter_counts(config), config.hash_embeddings
+    last_read = 4 * tables.num_tables * tables.table_rows
+    trained = 16 * counts["network"] - 4 * counts["hash_tables"] + last_read
+    return trained + _entropy_model_bytes(config, 4)
 
 
 def cache_bytes_per_byte(
