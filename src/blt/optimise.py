@@ -184,7 +184,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # of malloc.h
-    for option, num_bytes in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+    for option, num_bytes in ((mmap_threshold, 2**30), (trim_threshold, -1), (top_pad, 2**28)):
         set_option(option, num_bytes)
 
 
