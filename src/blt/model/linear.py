@@ -8,6 +8,12 @@ from torch import Tensor, nn
 COMPILED_ROWS = 4  # up to so many, the compiled product is faster than the BLAS library's (docs/log.md)
 
 
+def product_dtype(states: Tensor) -> torch.dtype:
+    """What matrix products of these states are worked out in: autocast's dtype where it is on, else their own."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 class Linear(nn.Linear):
     """Weight times states, no bias."""
 

@@ -8,7 +8,7 @@ from blt.config import HashEmbeddingsConfig, TransformerConfig
 from blt.model.attention import EncoderCrossAttention
 from blt.model.hash_embeddings import HashEmbeddings, TableRows
 from blt.model.kv_cache import Kept
-from blt.model.linear import Linear
+from blt.model.linear import Linear, product_dtype
 from blt.model.transformer import Transformer
 from blt.shapes import ByteIds, ByteStates, DocumentIds, PatchStates, Segments
 
@@ -31,7 +31,8 @@ class LocalEncoder(nn.Module):
 
     def forward(self, byte_ids: ByteIds, segments: Segments, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
         embedded = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
-        byte_states = self.transformer(embedded, documents)
+        # with bf16 products all states are in bf16, as half the memory takes half the time; norms are in fp32 inside
+        byte_states = self.transformer(embedded.to(product_dtype(embedded)), documents)
         return byte_states, self.gather_patches(byte_states.flatten(0, 1), segments, int(segments[-1]) + 1)
 
     def extend(self, byte_ids: ByteIds, rows: TableRows, kept: Kept) -> ByteStates:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from blt.model.linear import product_dtype
+
 
 class RMSNorm(nn.RMSNorm):
     """Divide by the root mean square of the last axis, times a learned scale; as in the released models, in fp32.
@@ -15,8 +17,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)
         if torch.compiler.is_compiling():  # the compiler fuses operations that it can see
             return _normed(x.float(), self.eps or 0.0)[0].mul(self.weight.float()).to(dtype)
         return _RMSNorm.apply(x, self.weight, self.eps, dtype)
