@@ -181,7 +181,7 @@ def keep_freed_memory() -> None:
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # of malloc.h
     for option, num_bytes in ((mmap_threshold, 2**30), (trim_threshold, -1), (top_pad, 2**28)):
