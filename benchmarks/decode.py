@@ -26,14 +26,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from machine import facts, publish, read_bandwidth, resident_rise
+from machine import BEGIN, facts, parser_of, publish, read_bandwidth, resident_rise, rounded, say
 
 if TYPE_CHECKING:
     from decode_sides import Stretch
 
     from blt.incremental import Networks
 
-BEGIN = time.perf_counter()
 Row = dict[str, Any]
 
 
@@ -390,23 +389,9 @@ def measure(size: str, plan: Plan, run: Path, data: str, command: str) -> dict[s
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": rounded(summary)}
 
 
-def rounded(row: Row) -> Row:
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-
-
-def say(line: str) -> None:
-    print(f"{time.perf_counter() - BEGIN:4.0f} s  {line}", file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "decode.py", description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="about a minute: fewer cases, nothing compiled")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
+    parser = parser_of("decode.py", __doc__, quick="about a minute: fewer cases, nothing compiled")
     parser.add_argument("--model", type=Path, metavar="RUN", default=Path("runs/demo"), help="trained (%(default)s)")
     parser.add_argument("--trained-only", action="store_true", help="nothing with random weights")
     parser.add_argument("--data", metavar="PATH", default="stdlib", help="text for the trained model (%(default)s)")

@@ -1,18 +1,20 @@
 """What every benchmark says about the machine that it ran on, and how it hands its rows over."""
 
+import argparse
 import ctypes
 import functools
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+BEGIN = time.perf_counter()
 READ_BYTES = 512 * 2**20  # in one pass of the bandwidth measurement: far more than any cache holds
-MATRIX_WIDTH = 1024  # of those whose product tells what the processor can do
 
 
 def facts() -> dict[str, Any]:
@@ -52,14 +54,6 @@ def _compiled_product() -> Callable[..., Any]:
     import torch
 
     return torch.compile(lambda matrix, states: (matrix * states).sum(-1))
-
-
-def matrix_flops(dtype: str) -> float:
-    """FLOPs per second of a product of two square matrices in this dtype: the best of several."""
-    import torch
-
-    left, right = torch.randn(2, MATRIX_WIDTH, MATRIX_WIDTH).to(getattr(torch, dtype))
-    return 2 * MATRIX_WIDTH**3 / _fastest(lambda: left @ right)
 
 
 def _fastest(action: Callable[[], Any], times: int = 5) -> float:
@@ -104,6 +98,28 @@ def available_bytes() -> int | None:
 def _memory_line(name: str, process: int | str = "self") -> int:
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def say(line: str) -> None:
+    """A line of progress on stderr, with the seconds since the script began."""
+    print(f"{time.perf_counter() - BEGIN:4.0f} s  {line}", file=sys.stderr, flush=True)
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Four decimals are more than any figure here is good for."""
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def parser_of(name: str, about: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options of every benchmark; ``about`` is the script's own docstring."""
+    first, _, more = (about or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        name, description=first, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
+    return parser
 
 
 def publish(result: dict[str, Any], columns: dict[str, str], as_json: bool, out: Path | None) -> None:

@@ -27,9 +27,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import facts, publish
+from machine import BEGIN, facts, parser_of, publish, rounded, say
 
-BEGIN = time.perf_counter()
 Row = dict[str, Any]
 
 
@@ -213,23 +212,9 @@ def measure(plan: Plan, runs: Sequence[Path], data: str, folder: Path, scratch: 
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": rounded(summary)}
 
 
-def rounded(row: Row) -> Row:
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-
-
-def say(line: str) -> None:
-    print(f"{time.perf_counter() - BEGIN:4.0f} s  {line}", file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "patch.py", description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="less than a minute: shorter stretches, less text")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
+    parser = parser_of("patch.py", __doc__, quick="less than a minute: shorter stretches, less text")
     parser.add_argument("--data", metavar="PATH", default="stdlib", help="text of the first run (%(default)s)")
     parser.add_argument(
         "--model", type=Path, metavar="RUN", nargs="+", default=[DEFAULT_RUN], help=f"trained ({DEFAULT_RUN})"

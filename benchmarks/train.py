@@ -31,16 +31,14 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from machine import available_bytes, facts, matrix_flops, publish
+from machine import BEGIN, available_bytes, facts, parser_of, publish, rounded, say
 from train_memory import SHARE, Measured, Request, measure_in_child
 
 if TYPE_CHECKING:
     from train_sides import Mode, Ours, Step, Text
 
-BEGIN = time.perf_counter()
 Row = dict[str, Any]
 Case = tuple[int, int]  # bytes of a row, rows of a step
 COMPARISONS = ("huggingface", "tokens", "tables")
@@ -188,12 +186,16 @@ class Bench:
 
 def take_turns(contestants: Sequence[Contestant]) -> dict[str, list[float]]:
     """All turns; of each turn the FLOPs per second of a matrix product in each dtype."""
+    import torch
+
+    from blt.optimise import product_flops_per_second
+
     dtypes = {one.side.dtype for one in contestants}
     peaks: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     turns = max(one.turns for one in contestants)
     for turn in range(turns):
         for dtype in dtypes:
-            peaks[dtype].append(matrix_flops(dtype))
+            peaks[dtype].append(product_flops_per_second(getattr(torch, dtype), torch.device("cpu")))
         shown = ", ".join(f"{dtype} {peaks[dtype][-1] / 1e9:.0f}" for dtype in dtypes)
         say(f"turn {turn + 1} of {turns}: matrix products at {shown} GFLOP/s")
         for one in contestants:
@@ -388,14 +390,6 @@ def measure(plan: Plan, only: Sequence[str], data: str, modes: "list[Mode]", com
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": summary}
 
 
-def rounded(row: Row) -> Row:
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-
-
-def say(line: str) -> None:
-    print(f"{time.perf_counter() - BEGIN:4.0f} s  {line}", file=sys.stderr, flush=True)
-
-
 def option(text: str) -> tuple[str, Any]:
     """``key=value`` in TOML's notation; a bare word is a string."""
     key, equals, value = text.partition("=")
@@ -409,13 +403,7 @@ def option(text: str) -> tuple[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "train.py", description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a minute or two: the small config, fewer cases")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object here, too")
+    parser = parser_of("train.py", __doc__, quick="a minute or two: the small config, fewer cases")
     parser.add_argument("--data", metavar="PATH", default="stdlib", help="text to learn from (%(default)s)")
     parser.add_argument("--dtype", nargs="+", metavar="D", default=["auto"], help="auto, float32, bfloat16 (auto)")
     parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", type=option, default=[], help="of [training], of ours")

@@ -30,7 +30,6 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         patch.setattr(importlib.import_module("machine"), "READ_BYTES", 2**20)
-        patch.setattr(importlib.import_module("machine"), "MATRIX_WIDTH", 64)
         patch.setattr(importlib.import_module("decode_sides"), "CALIBRATION_BYTES", 32)
         yield importlib.import_module
 
