@@ -10,7 +10,7 @@ from blt.config import ModelConfig
 from blt.model.latent_transformer import LatentTransformer, patch_documents, patch_positions
 from blt.model.local_decoder import LocalDecoder
 from blt.model.local_encoder import LocalEncoder
-from blt.model.patching import first_patches, newest_closed_patch, patch_ids
+from blt.model.patching import first_patches, newest_closed_patch, patch_ids, room_for
 from blt.shapes import ByteIds, Logits, PatchStarts
 
 
@@ -35,7 +35,8 @@ class ByteLatentTransformer(nn.Module):
         documents, ids = document_ids(byte_ids), patch_ids(patch_starts)
         first = first_patches(ids)[:, None]
         held_by, read = (ids + first).flatten(), (newest_closed_patch(patch_starts) + first).flatten()
-        byte_states, patch_states = self.local_encoder(byte_ids, held_by, documents)
-        of_patches = patch_documents(byte_ids, held_by), patch_positions(ids, held_by)
+        num_patches = room_for(int(held_by[-1]) + 1)
+        byte_states, patch_states = self.local_encoder(byte_ids, held_by, documents, num_patches)
+        of_patches = patch_documents(byte_ids, held_by, num_patches), patch_positions(ids, held_by, num_patches)
         latent_states = self.latent_transformer(patch_states, *of_patches)
         return self.local_decoder(byte_states, latent_states, read, documents)

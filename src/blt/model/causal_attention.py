@@ -6,12 +6,12 @@ with the row and memory does not hold the scores (the backward pass works them o
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -19,23 +19,56 @@ from blt.model.rotary import Heads
 from blt.shapes import DocumentIds, OldestRead
 
 TILE_QUERIES = 128  # or half a window, if that is less; 64 and 256 are slower in bf16 (docs/log.md)
+KEYS_STEP = (
+    64  # a tile's keys begin at multiples: few shapes, as the first product of each costs half a millisecond in bf16
+)
+TILES_TOGETHER = 4  # of one row; of more rows fewer
 
 FlatHeads = Float[Tensor, "batch_head position head_dim"]
+TileHeads = Float[Tensor, "batch_head tile in_tile head_dim"]
+FlatTiles = Float[Tensor, "batch_head_tile in_tile head_dim"]
+TileScores = Float[Tensor, "batch_head_tile query key"]
 
 
 class Edge(NamedTuple):
     """Some of a tile's keys, counted from the tile's first, of which some queries may read only a part."""
 
     keys: slice
-    forbidden: Bool[Tensor, "batch_or_one 1 query key"]
+    bias: Float[Tensor, "batch_or_one tile_or_one query key"]  # -inf where a query must not read, else 0
 
 
 class Tile(NamedTuple):
-    """Neighbouring queries, and the stretch of keys that holds all that they may read; all of it but for the edges."""
+    """Neighbouring queries, and the stretch of keys that holds all that they may read; all of it but for the edges.
 
-    queries: slice
-    keys: slice
+    ``count`` tiles of one shape, end to end, are worked out together; the keys of each begin as much after those of the one
+    before as its queries.
+    """
+
+    queries: slice  # of all of them
+    first_key: int  # of the first
+    num_keys: int  # of each
     edges: list[Edge]
+    count: int = 1
+
+    @property
+    def num_queries(self) -> int:
+        """Of each."""
+        return (self.queries.stop - self.queries.start) // self.count
+
+    def of_queries(self, states: FlatHeads) -> TileHeads:
+        """The part of each tile's queries; a view."""
+        return states[:, self.queries].unflatten(1, (self.count, -1))
+
+    def of_keys(self, states: FlatHeads) -> TileHeads:
+        """The part of each tile's keys; a view, in which tiles overlap."""
+        end = self.first_key + (self.count - 1) * self.num_queries + self.num_keys
+        return states[:, self.first_key : end].unfold(1, self.num_keys, self.num_queries).mT
+
+    def add_to_keys(self, sums: FlatHeads, parts: FlatTiles) -> None:
+        """Add to each key's sum what each tile has for it."""
+        for tile, part in enumerate(parts.unflatten(0, (-1, self.count)).unbind(1)):
+            begin = self.first_key + tile * self.num_queries
+            sums[:, begin : begin + self.num_keys] += part
 
 
 Reach = list[Tile] | BlockMask  # which positions each position may read, as ``attend`` wants it
@@ -54,15 +87,12 @@ def oldest_read(documents: DocumentIds, window_positions: int | None) -> OldestR
     return oldest if window_positions is None else oldest.maximum(index - window_positions + 1)
 
 
-def positions_in_reach(documents: DocumentIds, window_positions: int | None, row_starts: Sequence[int] = (0,)) -> Reach:
-    """Which positions each may read, for all layers of a stack: its document's, not after it, in its window.
-
-    ``row_starts``: where rows begin, if several follow one another in one; no document reaches across.
-    """
+def positions_in_reach(documents: DocumentIds, window_positions: int | None) -> Reach:
+    """Which positions each may read, for all layers of a stack: its document's, not after it, in its window."""
     oldest = oldest_read(documents, window_positions)
     if documents.device.type == "cuda":
         return block_mask(oldest)
-    return tiles(oldest, window_positions, row_starts)
+    return tiles(oldest, window_positions)
 
 
 def attend(queries: Heads, keys: Heads, values: Heads, reach: Reach) -> Heads:
@@ -70,8 +100,7 @@ def attend(queries: Heads, keys: Heads, values: Heads, reach: Reach) -> Heads:
     if isinstance(reach, BlockMask):
         return _compiled_flex_attention()(queries, keys, values, block_mask=reach)
     kind, dtype = queries.device.type, values.dtype
-    # training asks for fast products; weights that are in bf16 should not cost the scores their precision as well
-    inner = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    inner = _inner_dtype(kind)
     mixed = _TiledAttention.apply(queries.to(inner), keys.to(inner), values.to(inner), reach)
     return mixed if torch.is_autocast_enabled(kind) else mixed.to(dtype)
 
@@ -91,44 +120,64 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def tiles(oldest: OldestRead, window_positions: int | None, row_starts: Sequence[int] = (0,)) -> list[Tile]:
-    """The queries in tiles, each with its keys; a row that begins begins a tile.
+def tiles(oldest: OldestRead, window_positions: int | None) -> list[Tile]:
+    """The queries in tiles, each with its keys; neighbours of one shape are one entry.
 
     Rows that hold one document share the tiles' edges, and so do all tiles beyond the first window.
     """
-    num_positions = oldest.shape[1]
-    index = torch.arange(num_positions, device=oldest.device)
+    index = torch.arange(oldest.shape[1], device=oldest.device)
     plain = 0 if window_positions is None else (index - window_positions + 1).clamp(min=0)
     alike = bool((oldest == plain).all())
-    oldest = oldest[:1] if alike else oldest
+    together = max(1, TILES_TOGETHER // len(oldest))
     size = TILE_QUERIES if window_positions is None else min(TILE_QUERIES, -(-window_positions // 2))
-    bounds = [*row_starts, num_positions]
-    begins = [begin for start, stop in pairwise(bounds) for begin in range(start, stop, size)]
-    ends = [*begins[1:], num_positions]
-    first_keys = oldest[:, begins].amin(0).tolist()
-    newest_first = oldest[:, [end - 1 for end in ends]].amax(0).tolist()
-    known: dict[tuple[int, ...], list[Edge]] = {}
+    parts = (oldest[:1] if alike else oldest).split(size, 1)
+    limits = torch.stack([torch.stack([part.amin(), part.amax()]) for part in parts]).tolist()
+    shapes = []  # queries, keys before them, keys that some of them may not read
+    for tile, (part, (first, newest)) in enumerate(zip(parts, limits, strict=True)):
+        first -= first % KEYS_STEP
+        shapes.append((part.shape[1], tile * size - first, newest - first))
+    known: dict[tuple[int, int, int], list[Edge]] = {}
     found = []
-    for begin, end, first, last_first in zip(begins, ends, first_keys, newest_first, strict=True):
-        shape = (end - begin, begin - first, last_first - first)
+    tile = 0
+    while tile < len(parts):
+        count = next(
+            (n for n in range(1, together) if shapes[tile + n : tile + n + 1] != shapes[tile : tile + 1]), together
+        )
+        shape, begin = shapes[tile], tile * size
+        num_queries, before, _ = shape
         if not alike or shape not in known:
-            # what all queries may read lies from the newest of their oldest keys to the first query
-            parts = (
-                [(0, end - first)] if last_first >= begin else [(0, last_first - first), (begin - first, end - first)]
+            own = parts[tile : tile + (1 if alike else count)]
+            firsts = [(tile + n) * size - before for n in range(len(own))]
+            known[shape] = _edges(
+                torch.stack([part - first for part, first in zip(own, firsts, strict=True)], 1), shape
             )
-            known[shape] = [
-                Edge(slice(*keys), _forbidden(index[first:][slice(*keys)], index[begin:end], oldest[:, begin:end]))
-                for keys in parts
-                if keys[0] < keys[1]
-            ]
-        found.append(Tile(slice(begin, end), slice(first, end), known[shape]))
+        queries = slice(begin, begin + count * num_queries)
+        found.append(Tile(queries, begin - before, before + num_queries, known[shape], count))
+        tile += count
     return found
 
 
-def _forbidden(
-    keys: Int[Tensor, " key"], queries: Int[Tensor, " query"], oldest: Int[Tensor, "batch_or_one query"]
-) -> Bool[Tensor, "batch_or_one 1 query key"]:
-    return ((keys > queries[:, None]) | (keys < oldest[..., None]))[:, None]
+def _edges(oldest: Int[Tensor, "batch_or_one tile query"], shape: tuple[int, int, int]) -> list[Edge]:
+    """The edges of tiles of one shape; ``oldest`` counts from each tile's first key."""
+    num_queries, before, unread = shape
+    index = torch.arange(before + num_queries, device=oldest.device)
+    queries = index[before:, None]
+    # what all queries may read lies from the newest of their oldest keys to the first query
+    parts = [index] if unread >= before else [index[:unread], index[before:]]
+    edges = []
+    for keys in parts:
+        if len(keys):
+            forbidden = (keys > queries) | (keys < oldest[..., None])
+            bias = torch.zeros_like(forbidden, dtype=_inner_dtype(oldest.device.type)).masked_fill_(
+                forbidden, -torch.inf
+            )
+            edges.append(Edge(slice(int(keys[0]), int(keys[-1]) + 1), bias))
+    return edges
+
+
+def _inner_dtype(kind: str) -> torch.dtype:
+    """Training asks for fast products; weights that are in bf16 should not cost the scores their precision as well."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -140,10 +189,12 @@ class _TiledAttention(torch.autograd.Function):
         flat_queries, flat_keys, flat_values = (part.flatten(0, 1) for part in (queries, keys, values))
         flat_queries = flat_queries * queries.shape[-1] ** -0.5
         mixed = torch.empty_like(flat_values)
+        space = _Workspace(flat_queries, found, batch)
         with torch.autocast(queries.device.type, enabled=False):
             for tile in found:
-                weights = _weights(flat_queries[:, tile.queries], flat_keys[:, tile.keys], tile, batch)
-                mixed[:, tile.queries] = torch.bmm(weights, flat_values[:, tile.keys])
+                own, read_keys = _flat(tile.of_queries(flat_queries)), _flat(tile.of_keys(flat_keys))
+                read = torch.bmm(space.weights(own, read_keys, tile), _flat(tile.of_keys(flat_values)))
+                tile.of_queries(mixed).copy_(read.unflatten(0, (-1, tile.count)))
         ctx.save_for_backward(flat_queries, flat_keys, flat_values, mixed)
         ctx.found, ctx.batch = found, batch
         return mixed.unflatten(0, (batch, -1))
@@ -156,35 +207,53 @@ class _TiledAttention(torch.autograd.Function):
         of_weights_mean = (of_mixed * mixed).sum(-1, keepdim=True)
         of_queries = torch.empty_like(queries)
         of_keys, of_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
+        space = _Workspace(queries, ctx.found, ctx.batch)
         for tile in ctx.found:
-            own_queries, read_keys = (
-                _contiguous_in_bf16(queries[:, tile.queries]),
-                _contiguous_in_bf16(keys[:, tile.keys]),
-            )
-            weights, own = _weights(own_queries, read_keys, tile, ctx.batch), of_mixed[:, tile.queries]
-            of_values[:, tile.keys] += torch.bmm(weights.mT, own)
-            of_scores = torch.bmm(own, values[:, tile.keys].mT).sub_(of_weights_mean[:, tile.queries]).mul_(weights)
-            of_queries[:, tile.queries] = torch.bmm(of_scores, read_keys)
-            of_keys[:, tile.keys] += torch.bmm(of_scores.mT, own_queries)
+            own_queries, own = _flat(tile.of_queries(queries)), _flat(tile.of_queries(of_mixed))
+            read_keys, read_values = _flat(tile.of_keys(keys)), _flat(tile.of_keys(values))
+            weights = space.weights(own_queries, read_keys, tile)
+            tile.add_to_keys(of_values, torch.bmm(weights.mT, own))
+            of_scores = torch.bmm(own, read_values.mT, out=space.scores(tile))
+            of_scores.sub_(tile.of_queries(of_weights_mean).flatten(0, 1)).mul_(weights)
+            tile.of_queries(of_queries).copy_(torch.bmm(of_scores, read_keys).unflatten(0, (-1, tile.count)))
+            tile.add_to_keys(of_keys, torch.bmm(of_scores.mT, own_queries))
         of_queries *= queries.shape[-1] ** -0.5
         found = (of_queries, of_keys.to(keys.dtype), of_values.to(values.dtype))
         of_query_heads, of_key_heads, of_value_heads = (part.unflatten(0, (ctx.batch, -1)) for part in found)
         return of_query_heads, of_key_heads, of_value_heads, None
 
 
-def _contiguous_in_bf16(part: FlatHeads) -> FlatHeads:
-    """bf16 products copy what is not contiguous, each of them anew; those in fp32 need no copy."""
+def _flat(part: TileHeads) -> FlatTiles:
+    """All heads' tiles. bf16 products copy what is not contiguous, each of them anew; those in fp32 need no copy."""
+    part = part.flatten(0, 1)
     return part.contiguous() if part.dtype == torch.bfloat16 else part
 
 
-def _weights(
-    queries: Float[Tensor, "batch_head query head_dim"],
-    keys: Float[Tensor, "batch_head key head_dim"],
-    tile: Tile,
-    batch: int,
-) -> Float[Tensor, "batch_head query key"]:
-    """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
-    scores = torch.bmm(queries, keys.mT)
-    for edge in tile.edges:
-        scores.unflatten(0, (batch, -1))[..., edge.keys].masked_fill_(edge.forbidden, -torch.inf)
-    return scores.softmax(-1)
+class _Workspace:
+    """Memory for the scores and the weights of one tile after another: what was just in use is in the processor's cache."""
+
+    def __init__(self, queries: FlatHeads, found: list[Tile], batch: int) -> None:
+        self.num_heads, self.batch = len(queries), batch
+        largest = max((tile.count * tile.num_queries * tile.num_keys for tile in found), default=0)
+        self.memory = queries.new_empty(2, self.num_heads * largest)
+
+    def scores(self, tile: Tile) -> TileScores:
+        """Room for a tile's scores; the next ones go to the same place."""
+        return self._room(tile, 0)
+
+    def weights(
+        self,
+        queries: Float[Tensor, "batch_head_tile query head_dim"],
+        keys: Float[Tensor, "batch_head_tile key head_dim"],
+        tile: Tile,
+    ) -> TileScores:
+        """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
+        scores = torch.bmm(queries, keys.mT, out=self.scores(tile))
+        of_rows = scores.unflatten(0, (self.batch, -1, tile.count))
+        for edge in tile.edges:
+            of_rows[..., edge.keys].add_(edge.bias[:, None])
+        return torch.softmax(scores, -1, out=self._room(tile, 1))
+
+    def _room(self, tile: Tile, which: int) -> TileScores:
+        shape = self.num_heads * tile.count, tile.num_queries, tile.num_keys
+        return self.memory[which, : math.prod(shape)].view(shape)

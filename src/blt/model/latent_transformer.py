@@ -32,25 +32,25 @@ class LatentTransformer(nn.Module):
         return self.transformer.extend(self.input_proj(patch_states), kept)
 
 
-def patch_documents(byte_ids: ByteIds, segments: Segments) -> Int[Tensor, "1 patch"]:
+def patch_documents(byte_ids: ByteIds, segments: Segments, num_patches: int) -> Int[Tensor, "1 patch"]:
     """Which document each patch belongs to, all rows in one: a patch that holds an EOS, or a row's end, is the last of its own.
 
     >>> rows, segments = torch.tensor([[1, 70, 2, 1, 71], [1, 70, 70, 70, 70]]), torch.tensor([0, 1, 1, 2, 3, 4, 5, 5, 5, 5])
-    >>> patch_documents(rows, segments).tolist()
-    [[0, 0, 1, 1, 2, 2]]
+    >>> patch_documents(rows, segments, 7).tolist()
+    [[0, 0, 1, 1, 2, 2, 3]]
     """
     is_last = byte_ids == EOS
     is_last[:, -1] = True
-    closes = torch.zeros(int(segments[-1]) + 1, dtype=torch.long, device=byte_ids.device)
+    closes = torch.zeros(num_patches, dtype=torch.long, device=byte_ids.device)
     closes = closes.scatter_reduce(0, segments, is_last.flatten().long(), "amax")
     return (closes.cumsum(0) - closes)[None]
 
 
-def patch_positions(ids: PatchIds, segments: Segments) -> PatchPositions:
+def patch_positions(ids: PatchIds, segments: Segments, num_patches: int) -> PatchPositions:
     """Which patch of its row each is, all rows one after another.
 
-    >>> patch_positions(torch.tensor([[0, 1, 1], [0, 1, 2]]), torch.tensor([0, 1, 1, 2, 3, 4])).tolist()
-    [0, 1, 0, 1, 2]
+    >>> patch_positions(torch.tensor([[0, 1, 1], [0, 1, 2]]), torch.tensor([0, 1, 1, 2, 3, 4]), 6).tolist()
+    [0, 1, 0, 1, 2, 5]
     """
-    positions = torch.zeros(int(segments[-1]) + 1, dtype=torch.long, device=ids.device)
+    positions = torch.arange(num_patches, device=ids.device)
     return positions.scatter(0, segments, ids.flatten())

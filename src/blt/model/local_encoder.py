@@ -29,11 +29,13 @@ class LocalEncoder(nn.Module):
         self.slot_proj = Linear(config.width, slots_per_patch * config.width)
         self.cross_attention = EncoderCrossAttention(config.width, config.num_heads, config.norm_eps)
 
-    def forward(self, byte_ids: ByteIds, segments: Segments, documents: DocumentIds) -> tuple[ByteStates, PatchStates]:
+    def forward(
+        self, byte_ids: ByteIds, segments: Segments, documents: DocumentIds, num_patches: int
+    ) -> tuple[ByteStates, PatchStates]:
         embedded = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
         # with bf16 products all states are in bf16, as half the memory takes half the time; norms are in fp32 inside
         byte_states = self.transformer(embedded.to(product_dtype(embedded)), documents)
-        return byte_states, self.gather_patches(byte_states.flatten(0, 1), segments, int(segments[-1]) + 1)
+        return byte_states, self.gather_patches(byte_states.flatten(0, 1), segments, num_patches)
 
     def extend(self, byte_ids: ByteIds, rows: TableRows, kept: Kept) -> ByteStates:
         """States of new bytes of rows whose earlier ones are in the cache; ``rows``: what their n-grams select."""

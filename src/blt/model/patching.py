@@ -183,6 +183,16 @@ def first_patches(ids: PatchIds) -> Int[Tensor, " batch"]:
     return counts.cumsum(0) - counts
 
 
+def room_for(num_patches: int) -> int:
+    """A number of patches, at most a sixteenth more, such that batches of about as many patches have shapes in common.
+
+    >>> [room_for(n) for n in (1, 17, 33, 900, 910, 1000)]
+    [1, 17, 34, 928, 928, 1024]
+    """
+    step = 1 << max(0, num_patches.bit_length() - 5)
+    return -(-num_patches // step) * step
+
+
 def patch_lengths(ids: PatchIds) -> PatchLengths:
     """Bytes in each patch; 0 beyond a row's last patch.
 

@@ -102,10 +102,7 @@ class Transformer(nn.Module):
         """What every layer of the stack shares: rotary rotation, and which positions each may read."""
         config, window = self.config, self.config.window_positions
         rotation = rotary_rotation(documents.shape[1], config.head_dim, config.rope_theta, documents.device)
-        if positions is None:
-            return rotation, positions_in_reach(documents, window)
-        row_starts = (positions == 0).nonzero().flatten().tolist()
-        return rotation[positions], positions_in_reach(documents, window, row_starts)
+        return rotation if positions is None else rotation[positions], positions_in_reach(documents, window)
 
 
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
