@@ -188,7 +188,7 @@ def take_turns(contestants: Sequence[Contestant]) -> dict[str, list[float]]:
     """All turns; of each turn the FLOPs per second of a matrix product in each dtype."""
     import torch
 
-    from blt.optimise import product_flops_per_second
+    from blt.processor import product_flops_per_second
 
     dtypes = {one.side.dtype for one in contestants}
     peaks: dict[str, list[float]] = {dtype: [] for dtype in dtypes}

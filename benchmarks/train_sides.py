@@ -8,7 +8,8 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,10 @@ class HuggingFaceBlt:
         self.optimizer = torch.optim.AdamW(self.learns, lr=LEARNING_RATE, fused=True)
 
     def step(self, rows: Tensor) -> Step:
+        with products_as_torch_comes():
+            return self._step(rows)
+
+    def _step(self, rows: Tensor) -> Step:
         begin = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             loss = self._loss(rows)
@@ -244,6 +249,15 @@ class HuggingFaceBlt:
         loss = self.model(input_ids=rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss
         assert isinstance(loss, Tensor)
         return loss
+
+
+@contextmanager
+def products_as_torch_comes() -> Iterator[None]:
+    """Without the library for fp32 products that our trainer asks for: whoever trains with transformers has not asked."""
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, "none"
+    yield
+    switch.fp32_precision = before
 
 
 def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.patching import entropy_codes, entropy_edges
 from blt.optimise import stop_after_this_step
+from blt.processor import multiply_fast_in_fp32
 from blt.progress import Reporter
 
 CHUNK_IDS = 8192  # scored in one pass
@@ -50,6 +51,7 @@ def score_corpus(
     Raises ValueError for a model that has nothing to score with and for a folder of something else, KeyboardInterrupt after
     Ctrl-C, once what was scored is on disk.
     """
+    multiply_fast_in_fp32()
     config, entropy_model = load_entropy_model(model_folder(model))
     if entropy_model is None:
         raise ValueError(f"{model} has no entropy model to score with: its patching rule is {config.patching.rule!r}")
@@ -229,6 +231,7 @@ def _interrupts_blocked() -> Iterator[None]:
 def _enter_worker() -> None:
     """One thread for each worker, and none outlives its parent: it would wait for work for ever."""
     torch.set_num_threads(1)
+    multiply_fast_in_fp32()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

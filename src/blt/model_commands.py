@@ -37,9 +37,11 @@ def evaluate(
     """
     from blt import corpus
     from blt.evaluate import evaluate_inputs, evaluation_line
+    from blt.processor import multiply_fast_in_fp32
 
     if window_bytes is not None and window_bytes < 2:
         raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
+    multiply_fast_in_fp32()
     lm = _load(model, options)
     if data is None:
         if not (Path(model) / "corpus").is_dir():

@@ -1,6 +1,5 @@
 """One training loop for every network: rows in, updates out, reports on the way, state that resumes exactly."""
 
-import ctypes
 import json
 import math
 import signal
@@ -22,6 +21,7 @@ from blt.checkpoint import load_state, naming_the_place, save_state, saved_steps
 from blt.config import TrainingConfig
 from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.transformer import Transformer
+from blt.processor import keep_freed_memory, multiply_fast_in_fp32, product_flops_per_second
 from blt.progress import Reporter
 from blt.row_adamw import RowAdamW, clip_gradients
 from blt.shapes import ByteIds, Entropies, EntropyLogits
@@ -167,39 +167,12 @@ def optimise(
 def prepare(model: nn.Module, config: TrainingConfig) -> None:
     """Set up what depends on how a network is trained: its tables' numbers, what its layers keep, the process's memory."""
     keep_freed_memory()
+    multiply_fast_in_fp32()
     for part in model.modules():
         if isinstance(part, HashEmbeddings):
             part.to(torch.bfloat16 if config.table_dtype == "bfloat16" else torch.float32)
         elif isinstance(part, Transformer):
             part.recompute = config.recompute_activations
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step, which asks for it again. Elsewhere nothing happens.
-
-    Given back to the system, each page is zeroed and mapped anew: 7 to 12% of a step in bf16 (docs/log.md).
-    """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # of malloc.h
-    for option, num_bytes in ((mmap_threshold, 2**30), (trim_threshold, -1), (top_pad, 2**28)):
-        set_option(option, num_bytes)
-
-
-def product_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs per second of a large matrix product here: what model FLOPs utilisation is measured against."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        started = time.perf_counter()
-        F.linear(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
 
 
 def train_step(

@@ -39,9 +39,9 @@ from blt.optimise import (
     distillation_loss,
     next_id_loss,
     optimise,
-    product_flops_per_second,
     stop_after_this_step,
 )
+from blt.processor import multiply_fast_in_fp32, product_flops_per_second
 from blt.progress import Reporter
 from blt.report import can_draw, patched_text, write_report
 from blt.shapes import ByteIds, Entropies, PatchStarts
@@ -163,6 +163,7 @@ def resolve_dtype(config: TrainingConfig, device: torch.device) -> TrainingConfi
         return config
     faster = "bfloat16" if device.type == "cuda" else "float32"
     if device.type == "cpu":
+        multiply_fast_in_fp32()
         single, half = (product_flops_per_second(dtype, device) for dtype in (torch.float32, torch.bfloat16))
         faster = "bfloat16" if half > BFLOAT16_GAIN * single else "float32"
     return config.model_copy(update={"dtype": faster})

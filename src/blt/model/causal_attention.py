@@ -40,7 +40,7 @@ class Edge(NamedTuple):
 class Tile(NamedTuple):
     """Neighbouring queries, and the stretch of keys that holds all that they may read; all of it but for the edges.
 
-    ``count`` tiles of one shape, end to end, are worked out together; the keys of each begin as much after those of the one
+    ``num_tiles`` tiles of one shape, end to end, are worked out together; the keys of each begin as much after those of the one
     before as its queries.
     """
 
@@ -48,27 +48,27 @@ class Tile(NamedTuple):
     first_key: int  # of the first
     num_keys: int  # of each
     edges: list[Edge]
-    count: int = 1
+    num_tiles: int = 1
 
     @property
     def num_queries(self) -> int:
         """Of each."""
-        return (self.queries.stop - self.queries.start) // self.count
+        return (self.queries.stop - self.queries.start) // self.num_tiles
 
     def of_queries(self, states: FlatHeads) -> TileHeads:
         """The part of each tile's queries; a view."""
-        return states[:, self.queries].unflatten(1, (self.count, -1))
+        return states[:, self.queries].unflatten(1, (self.num_tiles, -1))
 
     def of_keys(self, states: FlatHeads) -> TileHeads:
         """The part of each tile's keys; a view, in which tiles overlap."""
-        end = self.first_key + (self.count - 1) * self.num_queries + self.num_keys
+        end = self.first_key + (self.num_tiles - 1) * self.num_queries + self.num_keys
         return states[:, self.first_key : end].unfold(1, self.num_keys, self.num_queries).mT
 
     def add_to_keys(self, sums: FlatHeads, parts: FlatTiles) -> None:
         """Add to each key's sum what each tile has for it."""
-        for tile, part in enumerate(parts.unflatten(0, (-1, self.count)).unbind(1)):
+        for tile, part in enumerate(parts.unflatten(0, (-1, self.num_tiles)).unbind(1)):
             begin = self.first_key + tile * self.num_queries
-            sums[:, begin : begin + self.num_keys] += part
+            sums[:, begin : begin + self.num_keys].add_(part)
 
 
 Reach = list[Tile] | BlockMask  # which positions each position may read, as ``attend`` wants it
@@ -194,17 +194,15 @@ class _TiledAttention(torch.autograd.Function):
             for tile in found:
                 own, read_keys = _flat(tile.of_queries(flat_queries)), _flat(tile.of_keys(flat_keys))
                 read = torch.bmm(space.weights(own, read_keys, tile), _flat(tile.of_keys(flat_values)))
-                tile.of_queries(mixed).copy_(read.unflatten(0, (-1, tile.count)))
-        ctx.save_for_backward(flat_queries, flat_keys, flat_values, mixed)
+                tile.of_queries(mixed).copy_(read.unflatten(0, (-1, tile.num_tiles)))
+        ctx.save_for_backward(flat_queries, flat_keys, flat_values)
         ctx.found, ctx.batch = found, batch
         return mixed.unflatten(0, (batch, -1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Heads) -> tuple[Heads, Heads, Heads, None]:
-        queries, keys, values, mixed = ctx.saved_tensors
+        queries, keys, values = ctx.saved_tensors
         of_mixed = gradients[0].flatten(0, 1)
-        # the softmax's gradient needs, of each query, its weights times their gradients: that is what it read times its own
-        of_weights_mean = (of_mixed * mixed).sum(-1, keepdim=True)
         of_queries = torch.empty_like(queries)
         of_keys, of_values = (torch.zeros_like(part, dtype=torch.float32) for part in (keys, values))
         space = _Workspace(queries, ctx.found, ctx.batch)
@@ -213,9 +211,9 @@ class _TiledAttention(torch.autograd.Function):
             read_keys, read_values = _flat(tile.of_keys(keys)), _flat(tile.of_keys(values))
             weights = space.weights(own_queries, read_keys, tile)
             tile.add_to_keys(of_values, torch.bmm(weights.mT, own))
-            of_scores = torch.bmm(own, read_values.mT, out=space.scores(tile))
-            of_scores.sub_(tile.of_queries(of_weights_mean).flatten(0, 1)).mul_(weights)
-            tile.of_queries(of_queries).copy_(torch.bmm(of_scores, read_keys).unflatten(0, (-1, tile.count)))
+            of_weights = torch.bmm(own, read_values.mT, out=space.scores(tile))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype, grad_input=of_weights)
+            tile.of_queries(of_queries).copy_(torch.bmm(of_scores, read_keys).unflatten(0, (-1, tile.num_tiles)))
             tile.add_to_keys(of_keys, torch.bmm(of_scores.mT, own_queries))
         of_queries *= queries.shape[-1] ** -0.5
         found = (of_queries, of_keys.to(keys.dtype), of_values.to(values.dtype))
@@ -234,7 +232,7 @@ class _Workspace:
 
     def __init__(self, queries: FlatHeads, found: list[Tile], batch: int) -> None:
         self.num_heads, self.batch = len(queries), batch
-        largest = max((tile.count * tile.num_queries * tile.num_keys for tile in found), default=0)
+        largest = max((tile.num_tiles * tile.num_queries * tile.num_keys for tile in found), default=0)
         self.memory = queries.new_empty(2, self.num_heads * largest)
 
     def scores(self, tile: Tile) -> TileScores:
@@ -249,11 +247,11 @@ class _Workspace:
     ) -> TileScores:
         """How much each query of a tile takes of each key: the softmax of the scores; ``queries`` come scaled."""
         scores = torch.bmm(queries, keys.mT, out=self.scores(tile))
-        of_rows = scores.unflatten(0, (self.batch, -1, tile.count))
+        of_rows = scores.unflatten(0, (self.batch, -1, tile.num_tiles))
         for edge in tile.edges:
             of_rows[..., edge.keys].add_(edge.bias[:, None])
         return torch.softmax(scores, -1, out=self._room(tile, 1))
 
     def _room(self, tile: Tile, which: int) -> TileScores:
-        shape = self.num_heads * tile.count, tile.num_queries, tile.num_keys
+        shape = self.num_heads * tile.num_tiles, tile.num_queries, tile.num_keys
         return self.memory[which, : math.prod(shape)].view(shape)
