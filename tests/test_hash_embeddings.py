@@ -87,5 +87,8 @@ def test_every_table_row_that_is_read_gets_the_gradient_of_its_readers() -> None
     reads = table_rows(ids, config).flatten().bincount(minlength=14)
     gradient = embeddings.tables.weight.grad
     assert gradient is not None
-    assert gradient.is_sparse and gradient._values().shape == (4 * 2, 3)  # of what was read, and nothing else
+    assert gradient.is_sparse and gradient._values().shape == (
+        int((reads > 0).sum()),
+        3,
+    )  # of what was read, and nothing else
     assert gradient.to_dense().equal(reads[:, None].expand(14, 3).float())

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from blt.model.hash_embeddings import sums_by_row
 
 Rows = Int[Tensor, " touched"]
 RowValues = Float[Tensor, "touched width"]
@@ -94,7 +95,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def coalesced(gradient: Tensor) -> Tensor:
-    """A row-sparse gradient in which each row stands once, its parts summed; faster than torch's own.
+    """A row-sparse gradient in which each row stands once, its parts summed.
 
     >>> values = [[1.0, 1.0], [2.0, 0.0], [0.5, 0.0]]
     >>> twice = torch.sparse_coo_tensor([[5, 2, 5]], values, (9, 2), check_invariants=True)
@@ -103,13 +104,7 @@ def coalesced(gradient: Tensor) -> Tensor:
     """
     if gradient.is_coalesced():
         return gradient
-    ordered = gradient._indices()[0].sort(stable=True)
-    rows, counts = ordered.values.unique_consecutive(return_counts=True)
-    values = gradient._values()
-    if len(rows):
-        first = F.pad(counts.cumsum(0)[:-1], (1, 0))
-        values = F.embedding_bag(ordered.indices, values, first, mode="sum")
-    return torch.sparse_coo_tensor(rows[None], values, gradient.shape, is_coalesced=True, check_invariants=False)
+    return sums_by_row(gradient._indices().mT, gradient._values(), gradient.shape)
 
 
 def round_at_random(values: RowValues, seed: int) -> RowValues:

@@ -1,10 +1,10 @@
 """The pre-norm block that all four networks are stacks of: RMSNorm, causal self-attention, SwiGLU (no biases)."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +17,8 @@ from blt.model.norm import RMSNorm
 from blt.model.rotary import Heads, rotary_rotation
 from blt.shapes import DocumentIds, Rotation
 
+Gated = Float[Tensor, "batch position ffn_width"]
+
 
 class SwiGLU(nn.Module):
     """Gated feed-forward: ``down(silu(gate(x)) * up(x))``."""
@@ -28,7 +30,28 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(ffn_width, width)
 
     def forward(self, states: States) -> States:
-        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+        gate, up = self.gate_proj(states), self.up_proj(states)
+        if torch.is_grad_enabled():
+            return _GatedProduct.apply(gate, up, self.down_proj.weight.to(gate.dtype))
+        return self.down_proj(F.silu(gate) * up)
+
+
+class _GatedProduct(torch.autograd.Function):
+    """``silu(gate) * up``, times a weight; of the four tensors as wide as the layer two are kept, the others made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Gated, up: Gated, weight: Float[Tensor, "width ffn_width"]) -> States:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: States) -> tuple[Gated, Gated, Tensor]:
+        gate, up, weight = ctx.saved_tensors
+        activated = F.silu(gate)
+        of_weight = gradients[0].flatten(0, -2).mT @ (activated * up).flatten(0, -2)
+        of_gated = gradients[0] @ weight
+        of_up = activated.mul_(of_gated)
+        return torch.ops.aten.silu_backward(of_gated.mul_(up), gate), of_up, of_weight
 
 
 class Block(nn.Module):
