@@ -8,6 +8,7 @@ figure is the median of its stretches. Three comparisons, each row of figures sa
 
 `huggingface`: ours and `BltForCausalLM` with the same weights, one row a step, from 512 bytes up. Both work out entropies in
 the step, in fp32, and cut at the same threshold, 4.5 bytes a patch; their losses must agree to 1e-4 nats before they are timed.
+`hf_fp32_*`: theirs in fp32, as it is loaded unless one asks for another dtype, at 4,096 bytes.
 `growth`: what a byte costs, over what it costs in rows of 1,024 bytes. Where transformers' side finds no memory or takes
 too long, its keys are absent and `hf_reason` says why.
 `tokens`: a token model, our own transformer with an embedding and a head, trained by the same steps on as many bytes.
@@ -58,6 +59,8 @@ class Plan:
     turns: int  # of ours and of the token model
     long_turns: int  # of rows of more than 4,096 bytes
     stretch_bytes: int  # in one turn, at least
+    warm_bytes: int  # that ours reads before it is timed
+    as_loaded: int  # bytes of the row at which transformers' side runs in fp32, too
     child_seconds: float  # for all cases of one side
 
 
@@ -74,6 +77,8 @@ FULL = Plan(
     turns=3,
     long_turns=2,
     stretch_bytes=2048,
+    warm_bytes=24576,
+    as_loaded=4096,
     child_seconds=180,
 )
 QUICK = Plan(
@@ -86,6 +91,8 @@ QUICK = Plan(
     turns=3,
     long_turns=2,
     stretch_bytes=1024,
+    warm_bytes=16384,
+    as_loaded=2048,
     child_seconds=60,
 )
 TINY = Plan(
@@ -98,6 +105,8 @@ TINY = Plan(
     turns=2,
     long_turns=2,
     stretch_bytes=128,
+    warm_bytes=128,
+    as_loaded=128,
     child_seconds=60,
 )
 STEPS_IN_A_ROW = (
@@ -108,7 +117,13 @@ COLUMNS = {
     **{"table_rows": "table rows", "dtype": "dtype", "entropies": "entropies"},
     **{"ours_bytes_per_second": "bytes/s", "mfu": "of peak FLOPs", "hf_ratio": "x HF BLT", "token_ratio": "x tokens"},
     **{"growth": "cost / 1,024", "table_cost_ratio": "cost / few rows", "ours_beyond_bytes": "memory beyond"},
-    **{"hf_memory_ratio": "/ HF's", "hf_reason": "HF absent as", "reason": "absent as"},
+    **{
+        "hf_memory_ratio": "/ HF's",
+        "hf_fp32_ratio": "x HF in fp32",
+        "hf_fp32_memory_ratio": "memory / that",
+        "hf_reason": "HF absent as",
+        "reason": "absent as",
+    },
 }
 
 
@@ -173,7 +188,8 @@ class Bench:
         found = Contestant(ours, case, self.text, self.turns(case), stretch, **changes)
         seeds = range(found.turns * found.steps)
         found.threshold = ours.threshold_for(torch.cat([self.text.rows(*case, seed=seed) for seed in seeds]))
-        found.step(seed=0)
+        for seed in range(max(1, self.plan.warm_bytes // (case[0] * case[1]))):
+            found.step(seed)
         return found
 
     def memory(
@@ -241,37 +257,37 @@ def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[in
     lengths = [(row_bytes, 1) for row_bytes, _ in cases]
     theirs_at = {(row_bytes, 1): turns for row_bytes, turns in cases if turns}
     memory = {index: bench.memory("ours", config, mode, lengths) for index, mode in enumerate(bench.modes)}
-    theirs: dict[str, Any] = {}
+    sides = [Ours(sized(config), mode) for mode in bench.modes]
+    wanted = {ours.dtype: theirs_at for ours in sides}
+    wanted.setdefault("float32", {case: turns for case, turns in theirs_at.items() if case[0] == bench.plan.as_loaded})
     their_memory: dict[str, Measured] = {}
-    entered: list[tuple[int, Contestant]] = []
-    their_contestants: dict[tuple[str, Case], Contestant] = {}
-    for index, mode in enumerate(bench.modes):
-        ours = Ours(sized(config), mode)
-        if ours.dtype not in theirs:
-            their_memory[ours.dtype] = bench.memory("hf", config, mode, list(theirs_at))
-            theirs[ours.dtype] = HuggingFaceBlt(ours.models, mode)
-            row = bench.text.rows(*lengths[0], seed=0)
-            for side in (ours, theirs[ours.dtype]):
-                side.set_threshold(ours.threshold_for(row))
-            say(f"{config}: both losses agree to {require_same_loss(ours, theirs[ours.dtype], row):.1e} nats per byte")
-        entered += [(index, bench.enter(ours, case)) for case in lengths]
-    for _, ours in entered:
-        turns, dtype = theirs_at.get(ours.case, 0), ours.side.dtype
-        is_possible = ours.case in their_memory[dtype].cases or not their_memory[dtype].reason
-        if turns and is_possible and (dtype, ours.case) not in their_contestants:
-            one = Contestant(theirs[dtype], ours.case, bench.text, turns, bench.plan.stretch_bytes, ours.threshold)
-            their_contestants[dtype, ours.case] = one
-    for dtype in theirs:
-        for _, case in sorted(key for key in their_contestants if key[0] == dtype)[:1]:
-            their_contestants[dtype, case].step(seed=0)  # of long rows it would take too long
-    peaks = take_turns([*(one for _, one in entered), *their_contestants.values()])
+    theirs: dict[tuple[str, Case], Contestant] = {}
+    entered = [(index, bench.enter(ours, case)) for index, ours in enumerate(sides) for case in lengths]
+    thresholds = {one.case: one.threshold for _, one in entered}
+    for dtype, turns_at in wanted.items():
+        if not turns_at:
+            continue
+        mode = replace(bench.modes[0], dtype=dtype)
+        their_memory[dtype] = bench.memory("hf", config, mode, list(turns_at))
+        like = next((ours for ours in sides if ours.dtype == dtype), sides[0])
+        side, row = HuggingFaceBlt(like.models, mode), bench.text.rows(*lengths[0], seed=0)
+        for one in (like, side):
+            one.set_threshold(like.threshold_for(row))
+        if like.dtype == dtype:
+            say(f"{config}: both losses agree to {require_same_loss(like, side, row):.1e} nats per byte")
+        for case, turns in turns_at.items():
+            if case in their_memory[dtype].cases or not their_memory[dtype].reason:
+                one = Contestant(side, case, bench.text, turns, bench.plan.stretch_bytes, thresholds[case])
+                theirs[dtype, case] = one
+                one.step(seed=0)
+    peaks = take_turns([*(one for _, one in entered), *theirs.values()])
     costs = {(index, ours.case): 1 / ours.bytes_per_second for index, ours in entered}
     base = (GROWTH_FROM, 1) if (GROWTH_FROM, 1) in lengths else lengths[0]
     rows = []
     for index, ours in entered:
         row = row_of("huggingface", config, ours, bench.modes[index], peaks)
         row |= {"growth": costs[index, ours.case] / costs[index, base], **memory_of("ours", ours.case, memory[index])}
-        found = their_contestants.get((ours.side.dtype, ours.case))
+        found = theirs.get((ours.side.dtype, ours.case))
         if found is not None:
             row["hf_bytes_per_second"] = found.bytes_per_second
             row["hf_ratio"] = ours.bytes_per_second / found.bytes_per_second
@@ -280,6 +296,12 @@ def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[in
                 row["hf_memory_ratio"] = row["ours_beyond_bytes"] / row["hf_beyond_bytes"]
         elif ours.case in theirs_at:
             row["hf_reason"] = their_memory[ours.side.dtype].reason
+        loaded = theirs.get(("float32", ours.case))
+        if loaded is not None:
+            row["hf_fp32_ratio"] = ours.bytes_per_second / loaded.bytes_per_second
+            in_fp32 = memory_of("hf", ours.case, their_memory["float32"])
+            if "ours_beyond_bytes" in row and "hf_beyond_bytes" in in_fp32:
+                row["hf_fp32_memory_ratio"] = row["ours_beyond_bytes"] / in_fp32["hf_beyond_bytes"]
         rows.append(row)
     return rows
 

@@ -133,6 +133,15 @@ def test_train_reports_every_comparison_in_one_json_object(
         assert [row["hf_memory_ratio"] > 0 for row in huggingface[:2]] == [True, True]
 
 
+def test_tables_updates_few_rows_and_many(
+    script: Callable[[str], ModuleType], tiny_training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("tables").main(["--size", "tiny", "--json", "--data", str(tiny_training.run.parent / "text")])
+    few, many = json.loads(capsys.readouterr().out)["rows"]
+    assert few["table_rows"] < many["table_rows"] and few["rows_touched"] < many["rows_touched"]
+    assert few["cost_ratio"] == 1.0 and many["ms"] / few["ms"] == pytest.approx(many["cost_ratio"], rel=1e-2)
+
+
 def test_train_refuses_to_time_models_that_compute_different_losses(script: Callable[[str], ModuleType]) -> None:
     sides = script("train_sides")
     mode = sides.Mode("float32")
@@ -283,7 +292,7 @@ def test_train_without_transformers_says_so_before_it_begins(
         script("train").main(["--size", "tiny"])
 
 
-@pytest.mark.parametrize("name", ["decode.py", "train.py", "patch.py"])
+@pytest.mark.parametrize("name", ["decode.py", "train.py", "tables.py", "patch.py"])
 def test_help_of_benchmarks_does_not_wait_for_torch(name: str) -> None:
     timed = [sys.executable, "-X", "importtime", str(BENCHMARKS / name), "--help"]
     child = subprocess.run(timed, capture_output=True, text=True, check=True)
