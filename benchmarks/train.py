@@ -67,7 +67,7 @@ class Plan:
 FULL = Plan(
     huggingface=(
         ("25m", ((512, 3), (1024, 3), (2048, 3), (4096, 2), (8192, 1), (32_768, 0))),
-        ("110m", ((512, 3), (1024, 3), (2048, 2), (4096, 2), (8192, 1))),
+        ("110m", ((512, 3), (1024, 3), (2048, 2), (4096, 2), (8192, 1), (32_768, 0))),
     ),
     tokens=(("25m", (512, 8)), ("25m", (4096, 1)), ("110m", (512, 8)), ("110m", (4096, 1))),
     tables=(("demo", (512, 4)), ("110m", (512, 4))),
@@ -109,9 +109,7 @@ TINY = Plan(
     as_loaded=128,
     child_seconds=60,
 )
-STEPS_IN_A_ROW = (
-    3  # of ours and of a token model, which are close: the first of a turn finds other things in the caches
-)
+STEPS_IN_A_ROW = 3  # the first of a turn finds other things in the caches
 COLUMNS = {
     **{"comparison": "comparison", "config": "config", "row_bytes": "row bytes", "rows_per_step": "rows"},
     **{"table_rows": "table rows", "dtype": "dtype", "entropies": "entropies"},
@@ -262,7 +260,11 @@ def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[in
     wanted.setdefault("float32", {case: turns for case, turns in theirs_at.items() if case[0] == bench.plan.as_loaded})
     their_memory: dict[str, Measured] = {}
     theirs: dict[tuple[str, Case], Contestant] = {}
-    entered = [(index, bench.enter(ours, case)) for index, ours in enumerate(sides) for case in lengths]
+    entered = [
+        (index, bench.enter(ours, case, stretch_bytes=STEPS_IN_A_ROW * case[0]))
+        for index, ours in enumerate(sides)
+        for case in lengths
+    ]
     thresholds = {one.case: one.threshold for _, one in entered}
     for dtype, turns_at in wanted.items():
         if not turns_at:
@@ -277,7 +279,8 @@ def compare_with_huggingface(bench: Bench, config: str, cases: Sequence[tuple[in
             say(f"{config}: both losses agree to {require_same_loss(like, side, row):.1e} nats per byte")
         for case, turns in turns_at.items():
             if case in their_memory[dtype].cases or not their_memory[dtype].reason:
-                one = Contestant(side, case, bench.text, turns, bench.plan.stretch_bytes, thresholds[case])
+                in_a_row = 1 if case[0] > bench.plan.as_loaded else STEPS_IN_A_ROW
+                one = Contestant(side, case, bench.text, turns, in_a_row * case[0], thresholds[case])
                 theirs[dtype, case] = one
                 one.step(seed=0)
     peaks = take_turns([*(one for _, one in entered), *theirs.values()])
@@ -395,6 +398,9 @@ def measure(plan: Plan, only: Sequence[str], data: str, modes: "list[Mode]", com
     configs = [config for part in only for config, _ in getattr(plan, part)]
     parameters = {f"parameters_{config}": parameter_counts(sized(config))["total"] for config in dict.fromkeys(configs)}
     summary: dict[str, Any] = {"growth_from": GROWTH_FROM, **parameters}
+    if "tables" in only:  # while no memory is kept for anything else
+        for config, case in plan.tables:
+            rows += compare_tables(bench, config, case)
     if "huggingface" in only:
         for config, cases in plan.huggingface:
             rows += compare_with_huggingface(bench, config, cases)
@@ -404,9 +410,6 @@ def measure(plan: Plan, only: Sequence[str], data: str, modes: "list[Mode]", com
         for config, case in plan.tokens:
             say(f"{config}: token models, {case[1]} x {case[0]} bytes")
             rows += compare_with_tokens(bench, config, case, tokens)
-    if "tables" in only:
-        for config, case in plan.tables:
-            rows += compare_tables(bench, config, case)
     machine["load_at_end"] = round(os.getloadavg()[0], 2)
     summary["seconds"] = round(time.perf_counter() - BEGIN)
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": summary}

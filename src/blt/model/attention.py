@@ -4,6 +4,9 @@ Cross-attention computes exactly what it must: a patch's slots meet that patch's
 of one patch only, so no bytes x patches matrix ever exists.
 """
 
+from typing import Any
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -92,17 +95,62 @@ class DecoderCrossAttention(CrossAttention):
     def read_patches(
         self,
         byte_states: States,
-        keys: Float[Tensor, "flat_byte slot head head_dim"],
-        values: Float[Tensor, "flat_byte slot head head_dim"],
+        keys: Float[Tensor, "patch slot head head_dim"],
+        values: Float[Tensor, "patch slot head head_dim"],
+        read: Segments | None = None,
     ) -> States:
-        """``keys`` and ``values`` are those of each byte's own patch, all rows flattened."""
+        """``read``: the patch that each byte reads, all rows flattened; absent: keys and values are those of each byte."""
         flat = byte_states.flatten(0, 1)
         queries = self.queries(flat)
-        # products and sums: as matrix products, of a few numbers for each byte and head, they take three times as long
-        scores = (queries[:, None] * keys).sum(-1).float() * keys.shape[-1] ** -0.5
-        mixed = (scores.softmax(1).to(values.dtype)[..., None] * values).sum(1)
+        if read is None:
+            mixed = _mix(_slot_weights(queries, keys), values)
+        else:
+            mixed = _SlotAttention.apply(queries, keys, values, read)
         # twice the residual, as in the released weights
         return (2 * flat + self.o_proj(mixed.flatten(1))).view_as(byte_states)
+
+
+def _slot_weights(
+    queries: Float[Tensor, "flat_byte head head_dim"], keys: Float[Tensor, "flat_byte slot head head_dim"]
+) -> Float[Tensor, "flat_byte slot head"]:
+    """How much each byte takes of each slot, in fp32."""
+    # products and sums: as matrix products, of a few numbers for each byte and head, they take three times as long
+    scores = (queries[:, None] * keys).sum(-1).float() * keys.shape[-1] ** -0.5
+    return scores.softmax(1)
+
+
+def _mix(
+    weights: Float[Tensor, "flat_byte slot head"], values: Float[Tensor, "flat_byte slot head head_dim"]
+) -> Float[Tensor, "flat_byte head head_dim"]:
+    return (weights.to(values.dtype)[..., None] * values).sum(1)
+
+
+class _SlotAttention(torch.autograd.Function):
+    """Each byte reads the slots of one patch. Their keys and values are kept for each patch, not for each of its bytes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Float[Tensor, "flat_byte head head_dim"],
+        keys: Float[Tensor, "patch slot head head_dim"],
+        values: Float[Tensor, "patch slot head head_dim"],
+        read: Segments,
+    ) -> Float[Tensor, "flat_byte head head_dim"]:
+        weights = _slot_weights(queries, select_rows(keys, read))
+        ctx.save_for_backward(queries, keys, values, read, weights)
+        return _mix(weights, select_rows(values, read))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, read, weights = ctx.saved_tensors
+        of_mixed = gradients[0][:, None]
+        of_weights = (of_mixed * select_rows(values, read)).sum(-1).float()
+        of_values = _segment_sum(weights.to(values.dtype)[..., None] * of_mixed, read, len(values))
+        of_scores = weights * (of_weights - (weights * of_weights).sum(1, keepdim=True)) * keys.shape[-1] ** -0.5
+        of_scores = of_scores.to(keys.dtype)[..., None]
+        of_queries = (of_scores * select_rows(keys, read)).sum(1)
+        of_keys = _segment_sum(of_scores * queries[:, None], read, len(keys))
+        return of_queries, of_keys, of_values, None
 
 
 def select_rows(values: Tensor, rows: Int[Tensor, " row"]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import TransformerConfig
-from blt.model.attention import DecoderCrossAttention, select_rows
+from blt.model.attention import DecoderCrossAttention
 from blt.model.kv_cache import Kept
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
@@ -43,8 +43,7 @@ class LocalDecoder(nn.Module):
         slots = self.slot_keys_values(latent_states)
         rotation, reach = self.transformer.rotation_and_reach(documents)
         for layer, block in enumerate(self.transformer.blocks):
-            keys, values = (select_rows(part, read) for part in slots[layer])
-            byte_states = self.crosses[layer].read_patches(byte_states, keys, values)
+            byte_states = self.crosses[layer].read_patches(byte_states, *slots[layer], read)
             byte_states = self.transformer.run_block(block, byte_states, rotation, reach)
         return self.predict(byte_states)
 
