@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, states: States) -> States:
         gate, up = self.gate_proj(states), self.up_proj(states)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.down_proj.weight.requires_grad:
             return _GatedProduct.apply(gate, up, self.down_proj.weight.to(gate.dtype))
         return self.down_proj(F.silu(gate) * up)
 
