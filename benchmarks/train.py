@@ -398,9 +398,6 @@ def measure(plan: Plan, only: Sequence[str], data: str, modes: "list[Mode]", com
     configs = [config for part in only for config, _ in getattr(plan, part)]
     parameters = {f"parameters_{config}": parameter_counts(sized(config))["total"] for config in dict.fromkeys(configs)}
     summary: dict[str, Any] = {"growth_from": GROWTH_FROM, **parameters}
-    if "tables" in only:  # while no memory is kept for anything else
-        for config, case in plan.tables:
-            rows += compare_tables(bench, config, case)
     if "huggingface" in only:
         for config, cases in plan.huggingface:
             rows += compare_with_huggingface(bench, config, cases)
@@ -410,6 +407,9 @@ def measure(plan: Plan, only: Sequence[str], data: str, modes: "list[Mode]", com
         for config, case in plan.tokens:
             say(f"{config}: token models, {case[1]} x {case[0]} bytes")
             rows += compare_with_tokens(bench, config, case, tokens)
+    if "tables" in only:
+        for config, case in plan.tables:
+            rows += compare_tables(bench, config, case)
     machine["load_at_end"] = round(os.getloadavg()[0], 2)
     summary["seconds"] = round(time.perf_counter() - BEGIN)
     return {"machine": machine, "command": command, "rows": [rounded(row) for row in rows], "summary": summary}
