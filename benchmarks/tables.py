@@ -62,7 +62,7 @@ class Tables:
         self.optimizer.zero_grad(set_to_none=True)
         if timed:
             self.seconds.append(time.perf_counter() - started)
-        elif not self.seconds:  # moments begin as memory that nobody has touched; all of it is in use before long
+        else:  # moments begin as memory that nobody has touched; all of it is in use before long
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[weight][moment].mul_(1)
 

@@ -8,7 +8,7 @@ figure is the median of its stretches. Three comparisons, each row of figures sa
 
 `huggingface`: ours and `BltForCausalLM` with the same weights, one row a step, from 512 bytes up. Both work out entropies in
 the step, in fp32, and cut at the same threshold, 4.5 bytes a patch; their losses must agree to 1e-4 nats before they are timed.
-`hf_fp32_*`: theirs in fp32, as it is loaded unless one asks for another dtype, at 4,096 bytes.
+`hf_fp32_*`: theirs in fp32, as it is loaded unless one asks for another dtype, at one length (4,096 bytes).
 `growth`: what a byte costs, over what it costs in rows of 1,024 bytes. Where transformers' side finds no memory or takes
 too long, its keys are absent and `hf_reason` says why.
 `tokens`: a token model, our own transformer with an embedding and a head, trained by the same steps on as many bytes.

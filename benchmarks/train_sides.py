@@ -40,6 +40,7 @@ from blt.model.norm import RMSNorm
 from blt.model.patching import threshold_for_patch_size
 from blt.model.transformer import Transformer, initialise
 from blt.optimise import Job, Loss, ReportWindow, build_optimizer, next_id_loss, prepare, train_step
+from blt.processor import fp32_switch
 from blt.train import resolve_dtype
 
 PATCH_BYTES = 4.5  # what each case's threshold is calibrated to
@@ -254,10 +255,12 @@ class HuggingFaceBlt:
 @contextmanager
 def products_as_torch_comes() -> Iterator[None]:
     """Without the library for fp32 products that our trainer asks for: whoever trains with transformers has not asked."""
-    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    switch = fp32_switch()
     before, switch.fp32_precision = switch.fp32_precision, "none"
-    yield
-    switch.fp32_precision = before
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from blt import processor
-from blt.processor import multiply_fast_in_fp32, product_flops_per_second
+from blt.processor import fp32_switch, multiply_fast_in_fp32, product_flops_per_second
 
-SWITCH = torch.backends.mkldnn.matmul
+SWITCH = fp32_switch()
 
 
 @pytest.fixture(autouse=True)
