@@ -304,7 +304,8 @@ def snippets(run: Path, data: str, plan: Plan) -> list[list[int]]:
     """Ids of stretches of documents that the run's own rule holds out of its training, drawn with a seed."""
     from blt.byte_ids import encode
     from blt.config import CorpusConfig, read_run_config
-    from blt.corpus import is_held_out, read_documents
+    from blt.corpus import is_held_out
+    from blt.documents import read_documents
 
     config = run / "config.toml"
     fraction = (read_run_config(config).data if config.is_file() else CorpusConfig()).held_out_fraction

@@ -16,7 +16,8 @@ from torch import Tensor
 from blt import load
 from blt.byte_ids import BOS, BYTE_OFFSET
 from blt.config import CorpusConfig, NgramEntropyModelConfig, PatchingConfig, read_run_config
-from blt.corpus import is_held_out, read_documents
+from blt.corpus import is_held_out
+from blt.documents import read_documents
 from blt.language_model import LanguageModel
 from blt.model.ngram_entropy_model import NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, patch_starts_of_documents, threshold_for_patch_size

@@ -18,7 +18,6 @@ import torch
 from decode_sides import shape
 from torch import Tensor, nn
 
-from blt import corpus
 from blt.byte_ids import BOS, BYTE_OFFSET
 from blt.config import (
     EntropyModelConfig,
@@ -30,6 +29,7 @@ from blt.config import (
     read_run_config,
     validated,
 )
+from blt.documents import read_documents
 from blt.flops import FlopsPerByte, flops_per_byte, token_model_flops_per_byte
 from blt.huggingface import save_model
 from blt.language_model import LanguageModel
@@ -88,7 +88,7 @@ class Text:
     @classmethod
     def read(cls, path: str, num_bytes: int) -> "Text":
         """So many bytes of the documents of a path, drawn with a seed; all of them where there are less."""
-        documents = [document.data for document in corpus.read_documents([path])]
+        documents = [document.data for document in read_documents([path])]
         random.Random(0).shuffle(documents)
         data = b"".join(documents)[:num_bytes]
         if not data:
@@ -106,10 +106,10 @@ class Trainer:
     """A network and its optimiser, updated as ``blt train`` does. The one place that knows what a Job looks like."""
 
     def __init__(
-        self, network: nn.Module, training: TrainingConfig, loss: Callable[[Tensor], tuple[Tensor, int]]
+        self, network: nn.Module, training: TrainingConfig, loss: Callable[[Tensor, Tensor], tuple[Tensor, int]]
     ) -> None:
-        def summed(rows: Tensor, _: Tensor | None) -> Loss:
-            nats, patches = loss(rows)
+        def summed(inputs: Tensor, targets: Tensor, _: Tensor | None) -> Loss:
+            nats, patches = loss(inputs, targets)
             return Loss(nats, nats, patches)
 
         self.network = network.train()
@@ -130,7 +130,7 @@ class Trainer:
         """Seconds of a step on these rows, and patches in them."""
         window = ReportWindow()
         begin = time.perf_counter()
-        train_step(self.job, self.optimizer, rows, None, window)
+        train_step(self.job, self.optimizer, rows[:, :-1], rows[:, 1:], None, window)
         return time.perf_counter() - begin, window.patches
 
     @property
@@ -191,11 +191,10 @@ class Ours:
         assert self.models.entropy_model is not None
         return self.trainer.kept_bytes() + _weight_bytes(self.models.entropy_model)
 
-    def _loss(self, rows: Tensor) -> tuple[Tensor, int]:
-        inputs = rows[:, :-1]
+    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         starts = self.models.patch_starts(inputs) if self.starts is None else self.starts
         patches = int((starts[:, :-1] & (inputs >= BYTE_OFFSET)).sum())
-        return next_id_loss(self.models.network(inputs, starts), rows[:, 1:]), patches
+        return next_id_loss(self.models.network(inputs, starts), targets), patches
 
 
 class HuggingFaceBlt:
@@ -343,8 +342,8 @@ class Tokens:
         """Of a forward pass, per byte."""
         return token_model_flops_per_byte(self.config, row_bytes, self.text.bytes_per_token, self.text.vocabulary)
 
-    def _loss(self, rows: Tensor) -> tuple[Tensor, int]:
-        return next_id_loss(self.trainer.network(rows[:, :-1]), rows[:, 1:]), 0
+    def _loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        return next_id_loss(self.trainer.network(inputs), targets), 0
 
 
 def equal_flops_config(

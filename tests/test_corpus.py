@@ -20,14 +20,13 @@ from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, decode
 from blt.corpus import (
     BatchReader,
     ByteShard,
-    Document,
     build_shards,
     is_held_out,
     num_rows,
     open_shard,
-    read_documents,
     row_ids,
 )
+from blt.documents import Document, read_documents
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
@@ -148,7 +147,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path, kind: str, suffix: s
         (
             "a.parquet",
             parquet_bytes(pa.table({"id": [1], "body": ["x"]})),
-            r"a\.parquet has no column 'text', only id, b",
+            r"a\.parquet has no column 'text', nor 'prompt' and 'response', only id, b",
         ),
         ("a.parquet", parquet_bytes(pa.table({"text": [1]})), r"a\.parquet is damaged, or not .*int64"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is damaged"),
@@ -186,7 +185,7 @@ def test_splits_are_disjoint_and_do_not_depend_on_order_names_or_copies(tmp_path
     for name, documents in (("a", once), ("b", shuffled)):
         build_shards(documents, tmp_path / name, 0.2)
         sides = [open_shard(tmp_path / name, split) for split in ("train", "held_out")]
-        splits.append([{side.document(i) for i in range(side.num_documents)} for side in sides])
+        splits.append([{side.document(i).data for i in range(side.num_documents)} for side in sides])
     assert splits[0] == splits[1]
     train, held_out = splits[0]
     assert train
@@ -224,7 +223,7 @@ def test_the_tail_of_a_single_document_is_held_out(tmp_path: Path, fraction: flo
     text = bytes(range(200))
     build_shards([Document("one", text)], tmp_path / "corpus", fraction)
     train, held_out = (open_shard(tmp_path / "corpus", split) for split in ("train", "held_out"))
-    assert train.document(0) + held_out.document(0) == text
+    assert train.document(0).data + held_out.document(0).data == text
     assert held_out.num_bytes == max(1, int(200 * fraction))
 
 
@@ -322,12 +321,16 @@ def test_shards_of_two_builds_do_not_mix(tmp_path: Path) -> None:
 def test_a_sample_is_whole_documents_and_one_cut_the_same_for_a_seed() -> None:
     documents = [document.data for document in numbered(30)]
     shard = shard_of(documents)
-    sample = shard.sample(200, seed=1)
+
+    def sampled(total_bytes: int, seed: int) -> list[bytes]:
+        return [document.data for document in shard.sample(total_bytes, seed)]
+
+    sample = sampled(200, seed=1)
     assert sum(map(len, sample)) == 200
     assert set(sample[:-1]) <= set(documents)
     assert any(document.startswith(sample[-1]) for document in documents)
-    assert sample == shard.sample(200, seed=1) != shard.sample(200, seed=2)
-    assert sorted(shard.sample(10**9, seed=1)) == sorted(documents)
+    assert sample == sampled(200, seed=1) != sampled(200, seed=2)
+    assert sorted(sampled(10**9, seed=1)) == sorted(documents)
 
 
 # rows

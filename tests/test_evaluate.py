@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt.byte_ids import BYTE_OFFSET, decode
+from blt.documents import Document
 from blt.evaluate import Score, compressor_bits_per_byte, evaluate_inputs, score_documents, total_score, windows
 from blt.progress import Reporter
 
@@ -79,7 +80,7 @@ def test_compressors_are_given_the_documents_in_one_piece() -> None:
 
 
 def test_the_report_counts_what_it_skipped_and_splits_by_input() -> None:
-    inputs = {"a": [b"abcdef", b""], "b": [b"xyz"]}
+    inputs = {"a": [Document("1", b"abcdef"), Document("2", b"")], "b": [Document("3", b"xyz")]}
     figures = evaluate_inputs(uniform, inputs, 8, CPU, Reporter(quiet=True))
     assert figures["bytes"] == 9
     assert figures["empty_documents_skipped"] == 1
@@ -89,4 +90,4 @@ def test_the_report_counts_what_it_skipped_and_splits_by_input() -> None:
 
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate_inputs(uniform, {"a": [b""]}, 8, CPU, Reporter(quiet=True))
+        evaluate_inputs(uniform, {"a": [Document("1", b"")]}, 8, CPU, Reporter(quiet=True))

@@ -72,14 +72,14 @@ def test_tables_in_bf16_train_beside_a_network_in_fp32() -> None:
     job = job_of(network, config)
     before = tables.detach().clone()
     for _ in range(5):
-        train_step(job, optimizer, row, None, window)
+        train_step(job, optimizer, row[:, :-1], row[:, 1:], None, window)
     assert float(loss_of(network, row[:, :-1]).detach()) < window.nats / 5
     assert not tables.equal(before)
 
 
 def job_of(network: ByteLatentTransformer, config: TrainingConfig) -> Job:
-    def loss(rows: Tensor, entropies: Tensor | None) -> Loss:
-        nats = loss_of(network, rows[:, :-1])
+    def loss(inputs: Tensor, targets: Tensor, entropies: Tensor | None) -> Loss:
+        nats = loss_of(network, inputs)
         return Loss(nats, nats, patches=15)
 
     return Job("network", network, config, Path(), loss, dict, lambda: None, lambda mean_patch: 1e6)

@@ -155,6 +155,10 @@ class ModelConfig(Config):
         return self
 
 
+# every matrix of every layer: self-attention, cross-attention, feed-forward
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 class CorpusConfig(Config):
     """Which documents are read, and which of them are held out."""
 
@@ -162,6 +166,10 @@ class CorpusConfig(Config):
     raw: bool = False  # every file is one document of bytes, whatever its name
     held_out_fraction: float = Field(0.03, gt=0, lt=1)  # of documents, chosen by a hash of their content
     entropies: str | None = None  # folder of ``blt entropies`` over this text; absent: computed as they are needed
+
+
+# of [model]: what decides the shapes of the network's weights and what they compute
+NETWORK_SECTIONS = ("hash_embeddings", "local_encoder", "latent", "local_decoder", "slots_per_patch")
 
 
 class CalibrationConfig(Config):
@@ -185,6 +193,7 @@ class TrainingConfig(Config):
     decay_fraction: float = Field(0.2, gt=0, le=1)  # warmup_stable_decay: the last part, a straight line to 0
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     adam_eps: float = Field(1e-8, gt=0)
+    latent_learning_rate_factor: float = Field(1.0, gt=0)  # of latent layers; 0.1 where a token model gave them (6.2)
     weight_decay: float = Field(0.1, ge=0)  # not on norms, embeddings and tables
     clip_norm: float = Field(1.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: measured
@@ -217,10 +226,20 @@ class TrainingConfig(Config):
         return -(-self.total_bytes // self.bytes_per_step)
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (arXiv 2106.09685) in the network's matrices instead of training those; peft makes them."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)  # what an adapter adds is scaled by alpha / rank
+    targets: tuple[str, ...] = Field(LORA_TARGETS, min_length=1, strict=False)  # names of layers, or ends of names
+
+
 class RunConfig(Config):
     """Everything ``blt train`` needs; RUN/config.toml is one, enough to start the run again."""
 
     data: CorpusConfig = CorpusConfig()
+    init: str | None = None  # any MODEL that training goes on from; with its entropy model and threshold, if it has one
+    lora: LoraConfig | None = None
     model: ModelConfig
     pretrained_entropy_model: str | None = None  # any MODEL whose entropy model is taken as it is, instead of training
     entropy_teacher: str | None = (
@@ -230,8 +249,21 @@ class RunConfig(Config):
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingConfig
 
+    @property
+    def entropy_model_source(self) -> str | None:
+        """The MODEL whose entropy model is used as it is, frozen; None: it is made from the text, or there is none."""
+        goes_on = self.init is not None and self.model.patching.threshold_nats is not None
+        return self.init if goes_on else self.pretrained_entropy_model
+
     @model_validator(mode="after")
     def entropy_model_is_trained(self) -> "RunConfig":
+        if self.entropy_model_source is not None and self.entropy_model_source == self.init:
+            if self.entropy_training is not None or self.pretrained_entropy_model is not None:
+                raise ValueError(
+                    f"the patches of {self.init} come from its own entropy model, which stays as it is; leave out "
+                    "[entropy_training] and pretrained_entropy_model"
+                )
+            return self
         if isinstance(self.model.entropy_model, NgramEntropyModelConfig):
             if self.entropy_training is not None:
                 raise ValueError(
@@ -244,6 +276,12 @@ class RunConfig(Config):
             raise ValueError(
                 "a [model.entropy_model] needs either [entropy_training] or pretrained_entropy_model; without one, neither"
             )
+        return self
+
+    @model_validator(mode="after")
+    def adapters_have_something_to_adapt(self) -> "RunConfig":
+        if self.lora is not None and self.init is None:
+            raise ValueError("[lora] adapts a model that exists: it needs init, the model (--init MODEL)")
         return self
 
     @model_validator(mode="after")
@@ -265,7 +303,7 @@ class RunConfig(Config):
             raise ValueError(
                 "data.entropies is of no use: an n-gram entropy model looks them up as fast as they are read"
             )
-        if self.pretrained_entropy_model is None:
+        if self.entropy_model_source is None:
             raise ValueError(
                 "data.entropies needs pretrained_entropy_model, the model that scored them, and no [entropy_training]"
             )
@@ -273,6 +311,14 @@ class RunConfig(Config):
             raise ValueError(
                 "data.entropies holds rounded entropies, whose differences are not those that rule 'entropy_rise' compares; "
                 "set model.patching.rounded_entropies = true, and the model will round them wherever it runs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def only_the_network_has_a_latent_transformer(self) -> "RunConfig":
+        if self.entropy_training is not None and self.entropy_training.latent_learning_rate_factor != 1:
+            raise ValueError(
+                "entropy_training.latent_learning_rate_factor is of no use: an entropy model has no latent layers"
             )
         return self
 
@@ -299,8 +345,11 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in _preset_folder().iterdir())
 
 
-def read_run_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def read_run_config(source: str | Path, overrides: Iterable[str] = (), init: ModelConfig | None = None) -> RunConfig:
     """A run config from a TOML file or a preset's name; ``overrides`` are ``section.key=value`` in TOML's notation.
+
+    ``init``: the config of the model that the run goes on from. It is the run's [model]; one that the file has, too, must
+    describe the same networks. What the file says of making an entropy model is left out where that model has one.
 
     Raises ValueError naming the file and the key, FileNotFoundError for a missing file.
     """
@@ -318,9 +367,32 @@ def read_run_config(source: str | Path, overrides: Iterable[str] = ()) -> RunCon
         values = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not TOML: {error}") from None
+    if init is not None:
+        _go_on_from(values, init, str(source))
     for override in overrides:
         _apply_override(values, override)
+    if "model" not in values:
+        raise ValueError(f"{source} has no [model]; add one, or name a model to go on from (--init MODEL)")
     return validated(RunConfig, values, str(source))
+
+
+def _go_on_from(values: dict[str, Any], init: ModelConfig, origin: str) -> None:
+    """Make ``init`` the [model] of a file's values."""
+    described = values.get("model")
+    if described is not None:
+        own = validated(ModelConfig, described, f"{origin}, model")
+        differing = [
+            name for name in NETWORK_SECTIONS if getattr(own, name) != getattr(init, name) and name in described
+        ]
+        if differing:
+            raise ValueError(
+                f"{origin}: model.{differing[0]} is {getattr(own, differing[0])!r}, and that of the model to go on from is "
+                f"{getattr(init, differing[0])!r}; leave [model] out, or take a config without one, such as finetune"
+            )
+    values["model"] = init.model_dump(exclude_none=True)
+    if init.patching.threshold_nats is not None or not init.patching.uses_entropies:
+        for name in ("entropy_training", "pretrained_entropy_model", "entropy_teacher"):
+            values.pop(name, None)
 
 
 def validated(kind: type[C], values: dict[str, Any], origin: str) -> C:

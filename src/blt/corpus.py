@@ -1,155 +1,30 @@
-"""Files -> documents -> memory-mapped byte shards -> resumable batches of byte ids.
+"""Documents -> memory-mapped byte shards -> resumable batches of byte ids.
 
-``read_documents`` finds the documents, ``build_shards`` writes them end to end once, split into train and held out;
-training reads rows of ids out of a shard, in an order that only the seed decides.
+``build_shards`` writes documents end to end once, split into train and held out; training reads rows of ids out of a shard,
+in an order that only the seed decides.
 """
 
-import gzip
+import functools
 import io
 import json
-import lzma
 import shutil
-import sysconfig
-import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, as_bytes
+from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS
+from blt.documents import Document
 from blt.shapes import ByteIds
 
 Split = Literal["train", "held_out"]
-
-STDLIB = "stdlib"
-_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_COMPRESSED = {".gz", ".xz", ".zst"}
-_NOT_TEXT = {".pyc", ".so", ".zip", ".tar", ".tgz", ".png", ".jpg", ".gif", ".pdf", ".npy", ".pth", ".safetensors"}
-_SNIFFED_BYTES = 8192
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a corpus; ``name`` tells a person where it came from."""
-
-    name: str
-    data: bytes
-
-
-def read_documents(paths: Sequence[str | Path], raw: bool = False) -> Iterator[Document]:
-    """The documents of files and folders, in the order given; ``stdlib`` means this interpreter's library sources.
-
-    A .jsonl or .parquet file holds one document per row, in field or column ``text``; any other file is one document of
-    its bytes, in whatever encoding; each may be compressed (.gz, .xz, .zst). ``raw`` takes every file as one document,
-    as it lies on disk. A folder is read recursively in sorted order, without hidden entries, links to folders and,
-    unless ``raw``, files that are not text. (A folder that is itself called stdlib: ``./stdlib``.)
-
-    Raises FileNotFoundError before anything is read, ValueError naming the file that cannot be read.
-    """
-    for path in paths:
-        if str(path) != STDLIB and not Path(path).exists():
-            raise FileNotFoundError(f"no file or folder {path}; check it, or give {STDLIB!r} for Python's own library")
-    for path in paths:
-        if str(path) == STDLIB:
-            folder = Path(sysconfig.get_paths()["stdlib"])
-            sources = (file for file in _files_below(folder, _NOT_STDLIB) if file.suffix == ".py")
-            yield from _documents_of_folder(folder, sources, raw)
-        elif Path(path).is_dir():
-            yield from _documents_of_folder(Path(path), _files_below(Path(path), set()), raw)
-        else:
-            yield from _documents_of_file(Path(path), raw, text_only=False)
-
-
-def _files_below(folder: Path, skipped_folders: set[str]) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_file():
-            yield entry
-        elif entry.is_dir() and not entry.is_symlink() and entry.name not in skipped_folders:
-            yield from _files_below(entry, skipped_folders)
-
-
-def _documents_of_folder(folder: Path, files: Iterable[Path], raw: bool) -> Iterator[Document]:
-    empty = True
-    for file in files:
-        for document in _documents_of_file(file, raw, text_only=not raw):
-            empty = False
-            yield document
-    if empty:
-        raise ValueError(f"nothing to read in folder {folder}; give one with text in it, or --raw to read any file")
-
-
-def _documents_of_file(path: Path, raw: bool, text_only: bool) -> Iterator[Document]:
-    if raw:
-        yield Document(str(path), path.read_bytes())
-        return
-    compression = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
-    kind = (Path(path.stem) if compression else path).suffix.lower()
-    if text_only and kind in _NOT_TEXT:
-        return
-    try:
-        with _open_stream(path, compression) as stream:
-            if kind == ".jsonl":
-                yield from _jsonl_documents(path, stream)
-            elif kind == ".parquet":  # its reader jumps about, which compressed streams do badly
-                yield from _parquet_documents(path, io.BytesIO(stream.read()) if compression else stream)
-            else:
-                head = stream.read(_SNIFFED_BYTES)
-                if not (text_only and b"\0" in head):
-                    yield Document(str(path), head + stream.read())
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's trouble, not the file's: the decompressors raise OSError without a number
-        raise ValueError(f"{path} is damaged, or not what its name says: {error}; replace it or leave it out") from None
-
-
-def _open_stream(path: Path, compression: str) -> io.BufferedIOBase:
-    if compression == ".gz":
-        return gzip.open(path)
-    if compression == ".xz":
-        return lzma.open(path)
-    if compression == ".zst":  # by pyarrow: the zstandard package takes a truncated file for a whole one
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _jsonl_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8", "surrogateescape"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}; mend it, or read bytes with --raw") from None
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f'{path}, line {number} has no string "text"; give it one, or read bytes with --raw')
-        try:
-            data = as_bytes(text)
-        except UnicodeEncodeError:  # half a surrogate pair, written as an escape: no raw byte stands behind it
-            data = text.encode("utf-8", "surrogatepass")
-        yield Document(f"{path}:{number}", data)
-
-
-def _parquet_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document]:
-    with pq.ParquetFile(stream) as file:
-        columns = file.schema_arrow.names
-        if "text" not in columns:
-            raise ValueError(f"{path} has no column 'text', only {', '.join(columns)}; rename the one with the text")
-        batches = file.iter_batches(batch_size=1024, columns=["text"])
-        texts = (text for batch in batches for text in batch.column(0).cast(pa.large_binary()).to_pylist())
-        for number, text in enumerate(texts, 1):
-            yield Document(f"{path}:{number}", text or b"")  # a null is an empty document
 
 
 def is_held_out(data: bytes, fraction: float) -> bool:
@@ -186,10 +61,12 @@ class _Fingerprint:
     def __init__(self, held_out_fraction: float) -> None:
         self.hash = blake2b(repr(held_out_fraction).encode(), digest_size=16)
 
-    def add(self, data: bytes) -> None:
-        if data:
-            self.hash.update(len(data).to_bytes(8))
-            self.hash.update(data)
+    def add(self, document: Document) -> None:
+        if document.data:
+            self.hash.update(len(document.data).to_bytes(8))
+            self.hash.update(document.data)
+        if document.prompt_bytes:
+            self.hash.update(b"prompt" + document.prompt_bytes.to_bytes(8))
 
     def hexdigest(self) -> str:
         return self.hash.hexdigest()
@@ -199,20 +76,22 @@ def corpus_fingerprint(documents: Iterable[Document], held_out_fraction: float) 
     """The fingerprint that ``build_shards`` gives these documents, without writing anything."""
     fingerprint = _Fingerprint(held_out_fraction)
     for document in documents:
-        fingerprint.add(document.data)
+        fingerprint.add(document)
     return fingerprint.hexdigest()
 
 
 class _SplitWriter:
-    """Appends documents to an open file and remembers where each begins."""
+    """Appends documents to an open file and remembers where each begins, and how much of it is a prompt."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self.file = file
         self.offsets = array("q", [0])
+        self.prompt_bytes = array("q")
 
-    def add(self, data: bytes) -> None:
-        self.file.write(data)
-        self.offsets.append(self.offsets[-1] + len(data))
+    def add(self, document: Document) -> None:
+        self.file.write(document.data)
+        self.offsets.append(self.offsets[-1] + len(document.data))
+        self.prompt_bytes.append(document.prompt_bytes)
 
 
 def build_shards(documents: Iterable[Document], folder: Path, held_out_fraction: float) -> CorpusSummary:
@@ -232,23 +111,25 @@ def build_shards(documents: Iterable[Document], folder: Path, held_out_fraction:
 
     fingerprint = _Fingerprint(held_out_fraction)
     empty_skipped = 0
-    newest: bytes | None = None  # written one document late, when it is known whether it is the last
+    newest: Document | None = None  # written one document late, when it is known whether it is the last
     with (partial / "train.bin").open("wb") as train_file, (partial / "held_out.bin").open("wb") as held_out_file:
         writers = {"train": _SplitWriter(train_file), "held_out": _SplitWriter(held_out_file)}
         for document in documents:
             if not document.data:
                 empty_skipped += 1
                 continue
-            fingerprint.add(document.data)
+            fingerprint.add(document)
             if newest is not None:
-                writers["held_out" if is_held_out(newest, held_out_fraction) else "train"].add(newest)
-            newest = document.data
+                writers["held_out" if is_held_out(newest.data, held_out_fraction) else "train"].add(newest)
+            newest = document
         if newest is None:
             raise ValueError(f"the corpus has no bytes ({empty_skipped} empty documents); give --data with text in it")
         _add_last(newest, writers["train"], writers["held_out"], held_out_fraction)
 
     for split, writer in writers.items():
         np.save(partial / f"{split}.index.npy", np.array(writer.offsets, dtype=np.int64))
+        if any(any(writer.prompt_bytes) for writer in writers.values()):
+            np.save(partial / f"{split}.prompts.npy", np.array(writer.prompt_bytes, dtype=np.int64))
     summary = CorpusSummary(
         fingerprint=fingerprint.hexdigest(),
         documents={split: len(writer.offsets) - 1 for split, writer in writers.items()},
@@ -262,20 +143,21 @@ def build_shards(documents: Iterable[Document], folder: Path, held_out_fraction:
     return summary
 
 
-def _add_last(data: bytes, train: _SplitWriter, held_out: _SplitWriter, held_out_fraction: float) -> None:
-    chosen, other = (held_out, train) if is_held_out(data, held_out_fraction) else (train, held_out)
+def _add_last(last: Document, train: _SplitWriter, held_out: _SplitWriter, held_out_fraction: float) -> None:
+    chosen, other = (held_out, train) if is_held_out(last.data, held_out_fraction) else (train, held_out)
     if other.offsets[-1]:
-        chosen.add(data)
+        chosen.add(last)
         return
-    train_bytes = len(data) - max(1, int(len(data) * held_out_fraction))
+    size, prompt = len(last.data), last.prompt_bytes
+    train_bytes = size - max(1, int(size * held_out_fraction))
     if train_bytes:
-        train.add(data[:train_bytes])
+        train.add(Document(last.name, last.data[:train_bytes], min(prompt, train_bytes)))
     elif not train.offsets[-1]:
         raise ValueError("the corpus is too small to hold anything out; give more text")
-    held_out.add(data[train_bytes:])
+    held_out.add(Document(last.name, last.data[train_bytes:], max(0, prompt - train_bytes)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByteShard:
     """The documents of one split, end to end, memory-mapped."""
 
@@ -283,6 +165,7 @@ class ByteShard:
     offsets: NDArray[np.int64]  # where each document begins in ``data``, and at last where the data ends
     split: Split
     fingerprint: str  # of the corpus
+    prompt_bytes: NDArray[np.int64] | None = None  # of each document, where some are prompts and responses
 
     @property
     def num_documents(self) -> int:
@@ -292,11 +175,12 @@ class ByteShard:
     def num_bytes(self) -> int:
         return len(self.data)
 
-    def document(self, index: int) -> bytes:
-        """The content of one document."""
-        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+    def document(self, index: int) -> Document:
+        """One document; its name is its number."""
+        data = self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+        return Document(str(index), data, 0 if self.prompt_bytes is None else int(self.prompt_bytes[index]))
 
-    def documents(self) -> Iterator[bytes]:
+    def documents(self) -> Iterator[Document]:
         """All documents in order."""
         return (self.document(index) for index in range(self.num_documents))
 
@@ -311,14 +195,15 @@ class ByteShard:
             first, last = np.searchsorted(self.offsets[:-1], (begin, begin + num_bytes))
             yield np.array(self.data[begin : begin + num_bytes]), self.offsets[first:last] - begin
 
-    def sample(self, total_bytes: int, seed: int) -> list[bytes]:
+    def sample(self, total_bytes: int, seed: int) -> list[Document]:
         """Random documents until ``total_bytes`` are reached, the last one cut; all documents, where they have less."""
-        chosen: list[bytes] = []
+        chosen: list[Document] = []
         for index in np.random.default_rng(seed).permutation(self.num_documents).tolist():
             if total_bytes <= 0:
                 break
-            chosen.append(self.document(index)[:total_bytes])
-            total_bytes -= len(chosen[-1])
+            document = self.document(index)
+            chosen.append(replace(document, data=document.data[: max(total_bytes, document.prompt_bytes + 1)]))
+            total_bytes -= len(chosen[-1].data)
         return chosen
 
 
@@ -332,35 +217,46 @@ def open_shard(folder: Path, split: Split) -> ByteShard:
     try:
         summary = CorpusSummary(**json.loads((folder / "summary.json").read_text()))
         offsets = np.load(index_path, mmap_mode="r")
+        prompts_path = folder / f"{split}.prompts.npy"
+        prompt_bytes = np.load(prompts_path, mmap_mode="r") if prompts_path.exists() else None
         num_bytes, num_documents = summary.bytes[split], summary.documents[split]
         if not bytes_path.stat().st_size == offsets[-1] == num_bytes or len(offsets) != num_documents + 1:
             raise ValueError(f"{bytes_path}, {index_path.name} and summary.json do not belong together")
+        if prompt_bytes is not None and len(prompt_bytes) != num_documents:
+            raise ValueError(f"{prompts_path} and {index_path.name} do not belong together")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} is missing; {way_out}") from None
     except (ValueError, EOFError, TypeError, LookupError) as error:
         raise ValueError(f"the {split} shard in {folder} is damaged ({error}); {way_out}") from None
-    return ByteShard(np.memmap(bytes_path, dtype=np.uint8, mode="r"), offsets, split, summary.fingerprint)
+    return ByteShard(np.memmap(bytes_path, dtype=np.uint8, mode="r"), offsets, split, summary.fingerprint, prompt_bytes)
 
 
 def num_rows(shard: ByteShard, row_bytes: int) -> int:
-    """How many rows of ``row_bytes`` ids tile the shard's stream."""
+    """How many rows of ``row_bytes`` ids the shard's stream takes."""
+    if shard.prompt_bytes is not None:
+        return len(_bounds_of_whole_pairs(shard, row_bytes)) - 1
     return -(-_stream_start(shard, shard.num_documents) // row_bytes)
 
 
-def row_ids(shard: ByteShard, row_index: int, row_bytes: int) -> NDArray[np.int64]:
+def row_ids(shard: ByteShard, row_index: int, row_bytes: int, hide_prompts: bool = False) -> NDArray[np.int64]:
     """One row of ``row_bytes + 1`` ids, BOS first: its inputs are all but the last, its targets all but the first.
 
     The shard is one stream of ids, BOS bytes EOS of each document in turn, and rows tile it: row r holds the ids from
     r * row_bytes on, behind a BOS, as in a prompt. Where the first of them is a document's own BOS, that is enough and
     the row has an id less. BOE fills a row's end and is nobody's target: over all rows, every byte and EOS is one once.
 
+    Where documents are prompts and responses, a row ends before a document that it would cut, unless that fills a row and
+    more. ``hide_prompts``: BOE in the place of every byte of a prompt, as in targets.
+
     >>> shard = ByteShard(np.frombuffer(b"abc", np.uint8), np.array([0, 2, 3]), "train", fingerprint="")
     >>> [row_ids(shard, row, row_bytes=3).tolist() for row in range(num_rows(shard, row_bytes=3))]
     [[1, 101, 102, 0], [1, 2, 1, 103], [1, 2, 0, 0]]
     """
     assert 0 <= row_index < num_rows(shard, row_bytes), f"there is no row {row_index}"
-    start = row_index * row_bytes
-    ids = _stream_ids(shard, start, min(start + row_bytes, _stream_start(shard, shard.num_documents)))
+    start, stop = row_index * row_bytes, min((row_index + 1) * row_bytes, _stream_start(shard, shard.num_documents))
+    if shard.prompt_bytes is not None:
+        start, stop = _bounds_of_whole_pairs(shard, row_bytes)[row_index : row_index + 2]
+    ids = _stream_ids(shard, start, stop, hide_prompts)
     if ids[0] != BOS:
         ids = np.concatenate([[BOS], ids])
     return np.pad(ids, (0, row_bytes + 1 - len(ids)), constant_values=BOE)
@@ -371,8 +267,31 @@ def rows_of(shard: ByteShard, row_indices: Iterable[int], row_bytes: int) -> Byt
     return torch.from_numpy(np.stack([row_ids(shard, row, row_bytes) for row in row_indices]))
 
 
-def _stream_ids(shard: ByteShard, start: int, stop: int) -> NDArray[np.int64]:
-    """The ids at these positions of the shard's stream.
+def targets_of(shard: ByteShard, row_indices: Iterable[int], row_bytes: int) -> ByteIds:
+    """What is to be predicted at each input of these rows: the next id, BOE where that is a byte of a prompt."""
+    rows = [row_ids(shard, row, row_bytes, hide_prompts=True) for row in row_indices]
+    return torch.from_numpy(np.stack(rows))[:, 1:]
+
+
+@functools.lru_cache(maxsize=8)
+def _bounds_of_whole_pairs(shard: ByteShard, row_bytes: int) -> list[int]:
+    """The positions of the stream at which rows begin, and its end, where rows do not cut what would fit into one.
+
+    >>> shard = ByteShard(np.frombuffer(b"abcdefghi", np.uint8), np.array([0, 2, 4, 9]), "train", "", np.array([1, 1, 1]))
+    >>> _bounds_of_whole_pairs(shard, row_bytes=6)  # BOS a b EOS, BOS c d EOS, BOS e f g h i EOS
+    [0, 4, 8, 14, 15]
+    """
+    starts = [_stream_start(shard, document) for document in range(shard.num_documents + 1)]
+    bounds = [0]
+    while bounds[-1] < starts[-1]:
+        stop = min(bounds[-1] + row_bytes, starts[-1])
+        cut = starts[bisect_right(starts, stop) - 1]  # where the document begins that the next row would go on with
+        bounds.append(cut if cut > bounds[-1] else stop)
+    return bounds
+
+
+def _stream_ids(shard: ByteShard, start: int, stop: int, hide_prompts: bool = False) -> NDArray[np.int64]:
+    """The ids at these positions of the shard's stream; ``hide_prompts`` as in ``row_ids``.
 
     >>> _stream_ids(ByteShard(np.frombuffer(b"abc", np.uint8), np.array([0, 2, 3]), "train", ""), 1, 6).tolist()
     [101, 102, 2, 1, 103]
@@ -384,6 +303,8 @@ def _stream_ids(shard: ByteShard, start: int, stop: int) -> NDArray[np.int64]:
     documents = first + np.searchsorted(starts, positions, side="right") - 1
     byte_index = positions - 2 * documents - 1  # off the document at its BOS and EOS, which are written over it
     ids = shard.data.take(byte_index, mode="clip").astype(np.int64) + BYTE_OFFSET
+    if hide_prompts and shard.prompt_bytes is not None:
+        ids[byte_index - shard.offsets[documents] < shard.prompt_bytes[documents]] = BOE
     ids[np.isin(positions, starts)] = BOS
     ids[np.isin(positions + 1, starts)] = EOS
     return ids

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from blt import corpus
 from blt.checkpoint import naming_the_place, write_whole
 from blt.config import CorpusConfig
+from blt.documents import Document, read_documents
 from blt.entropy_cache import CODES, FORMAT, PROGRESS, SPEC, Spec, read_spec, rows_done, weights_hash
 from blt.huggingface import load_entropy_model
 from blt.language_model import model_folder
@@ -124,8 +125,8 @@ def _claim_folder(
         if strangers:
             raise ValueError(f"{folder} holds {strangers[0]} and no {SPEC}; give another folder with --out")
 
-    def documents() -> Iterator[corpus.Document]:
-        return corpus.read_documents(data.paths, data.raw)
+    def documents() -> Iterator[Document]:
+        return read_documents(data.paths, data.raw)
 
     spec = Spec(
         format=FORMAT,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blt.byte_ids import BOE, encode
+from blt.documents import Document
 from blt.progress import Reporter
 from blt.shapes import ByteIds, Logits, PatchStarts
 
@@ -73,22 +74,26 @@ class Window:
     first_scored: int  # index into ids
 
 
-def windows(data: bytes, window_bytes: int) -> Iterator[Window]:
-    """Overlapping rows of at most ``window_bytes`` ids that score each byte of a document once.
+def windows(data: bytes, window_bytes: int, prompt_bytes: int = 0) -> Iterator[Window]:
+    """Overlapping rows of at most ``window_bytes`` ids that score each byte of a document, its prompt left out, once.
 
     Every row begins with BOS; all but the first score only their second half, so each byte has at least half a window
     of context, or all there is before it in the document.
 
     >>> [(len(w.ids), w.first_scored) for w in windows(b"abcdefgh", 5)]
     [(5, 1), (5, 3), (5, 3)]
+    >>> [(len(w.ids), w.first_scored) for w in windows(b"abcdefgh", 5, prompt_bytes=5)]
+    [(5, 4), (5, 3)]
     """
-    ids = encode(data)
+    ids, first = encode(data), 1 + prompt_bytes
     scored, half = min(len(ids), window_bytes), max(1, window_bytes // 2)
-    yield Window(ids[:scored], 1)
+    if first < scored:
+        yield Window(ids[:scored], first)
     while scored < len(ids):
         end = min(len(ids), scored + half)
         begin = max(1, end - (window_bytes - 1))
-        yield Window([ids[0], *ids[begin:end]], 1 + scored - begin)
+        if first < end:
+            yield Window([ids[0], *ids[begin:end]], 1 + max(scored, first) - begin)
         scored = end
 
 
@@ -100,13 +105,20 @@ def score_documents(
     device: torch.device,
     batch_ids: int = 8192,
     on_scored: Callable[[int], None] = lambda num_bytes: None,
+    prompt_bytes: Sequence[int] | None = None,
 ) -> list[Score]:
     """One score per document, ``batch_ids`` positions at a time; ``on_scored`` hears how many bytes each batch scored.
 
-    EOS is not scored: bits of bytes over number of bytes.
+    EOS is not scored, nor are each document's first ``prompt_bytes``: bits of bytes over number of bytes.
     """
     scores = [Score(entropy_model_bits=0.0) for _ in documents]
-    rows = ((index, window) for index, data in enumerate(documents) if data for window in windows(data, window_bytes))
+    prompts = prompt_bytes or [0] * len(documents)
+    rows = (
+        (index, window)
+        for index, (data, prompt) in enumerate(zip(documents, prompts, strict=True))
+        if data
+        for window in windows(data, window_bytes, prompt)
+    )
     while batch := list(islice(rows, max(1, batch_ids // window_bytes))):
         longest = max(len(window.ids) for _, window in batch)
         ids = torch.tensor([window.ids + [BOE] * (longest - len(window.ids)) for _, window in batch], device=device)
@@ -134,17 +146,18 @@ def _bits(logits: Logits, ids: ByteIds) -> Tensor:
 
 def evaluate_inputs(
     predict: Predictor,
-    inputs: Mapping[str, Sequence[bytes]],
+    inputs: Mapping[str, Sequence[Document]],
     window_bytes: int,
     device: torch.device,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Figures over all inputs, beside compressors on the same bytes, and ``files``: the same for each input.
 
-    Empty documents are skipped and counted. Raises ValueError where there is nothing to score.
+    Of a prompt and its response, the response is what counts. Empty documents are skipped and counted. Raises ValueError where
+    there is nothing to score.
     """
-    everything = [data for documents in inputs.values() for data in documents]
-    total_bytes = sum(len(data) for data in everything)
+    everything = [document for documents in inputs.values() for document in documents]
+    total_bytes = sum(len(_scored_part(document)) for document in everything)
     if total_bytes == 0:
         raise ValueError(f"nothing to evaluate: every document of {', '.join(inputs)} is empty")
     done, files, of_inputs = 0, {}, []
@@ -156,15 +169,21 @@ def evaluate_inputs(
             reporter.show("evaluation", done, total_bytes, f"{done / 1e6:.2f} MB")
 
     for name, documents in inputs.items():
-        if not any(documents):
+        if not any(document.data for document in documents):
             continue
-        scores = score_documents(predict, documents, window_bytes, device, on_scored=on_scored)
-        scored = total_score(scores)
-        files[name] = scored.as_json() | compressor_bits_per_byte(documents)
+        texts, prompts = [document.data for document in documents], [document.prompt_bytes for document in documents]
+        scored = total_score(
+            score_documents(predict, texts, window_bytes, device, on_scored=on_scored, prompt_bytes=prompts)
+        )
+        files[name] = scored.as_json() | compressor_bits_per_byte([_scored_part(document) for document in documents])
         of_inputs.append(scored)
-    empty = sum(not data for data in everything)
-    figures = total_score(of_inputs).as_json() | compressor_bits_per_byte(everything)
+    empty = sum(not document.data for document in everything)
+    figures = total_score(of_inputs).as_json() | compressor_bits_per_byte([*map(_scored_part, everything)])
     return figures | {"window_bytes": window_bytes, "empty_documents_skipped": empty, "files": files}
+
+
+def _scored_part(document: Document) -> bytes:
+    return document.data[document.prompt_bytes :]
 
 
 def evaluation_line(figures: Mapping[str, Any]) -> str:

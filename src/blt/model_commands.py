@@ -36,6 +36,7 @@ def evaluate(
         Length of the overlapping windows; default: the rows the run trained on, else at most 4096.
     """
     from blt import corpus
+    from blt.documents import read_documents
     from blt.evaluate import evaluate_inputs, evaluation_line
     from blt.processor import multiply_fast_in_fp32
 
@@ -49,7 +50,7 @@ def evaluate(
         shard = corpus.open_shard(Path(model) / "corpus", "held_out")
         inputs = {"held out": list(shard.documents())}
     else:
-        inputs = {path: [document.data for document in corpus.read_documents([path], raw)] for path in data}
+        inputs = {path: list(read_documents([path], raw)) for path in data}
     window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
     with reporter_for(options) as reporter:
         figures = evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)

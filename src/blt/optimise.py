@@ -20,6 +20,7 @@ from blt.byte_ids import BOS
 from blt.checkpoint import load_state, naming_the_place, save_state, saved_steps, write_whole
 from blt.config import TrainingConfig
 from blt.model.hash_embeddings import HashEmbeddings
+from blt.model.latent_transformer import LatentTransformer
 from blt.model.transformer import Transformer
 from blt.processor import keep_freed_memory, multiply_fast_in_fp32, product_flops_per_second
 from blt.progress import Reporter
@@ -43,9 +44,8 @@ class Job:
     model: nn.Module
     config: TrainingConfig
     state_folder: Path
-    loss: Callable[
-        [ByteIds, Entropies | None], Loss
-    ]  # of rows, and the entropies of their inputs where a sidecar has them
+    # of inputs and their targets (BOE and BOS are none), and the inputs' entropies where a sidecar has them
+    loss: Callable[[ByteIds, ByteIds, Entropies | None], Loss]
     evaluate: Callable[[], dict[str, Any]]  # held-out figures for metrics.jsonl
     save_model: Callable[[], None]
     flops_per_byte: Callable[[float], float]  # mean patch bytes -> training FLOPs
@@ -134,9 +134,10 @@ def optimise(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
         row_indices = reader.next_row_indices()
-        rows = corpus.rows_of(shard, row_indices, config.row_bytes).to(device)
+        inputs = corpus.rows_of(shard, row_indices, config.row_bytes)[:, :-1].to(device)
+        targets = corpus.targets_of(shard, row_indices, config.row_bytes).to(device)
         entropies = job.entropies_of_rows(row_indices).to(device) if job.entropies_of_rows else None
-        norm = train_step(job, optimizer, rows, entropies, window)
+        norm = train_step(job, optimizer, inputs, targets, entropies, window)
         step += 1
         if not math.isfinite(norm):
             raise ValueError(
@@ -176,18 +177,23 @@ def prepare(model: nn.Module, config: TrainingConfig) -> None:
 
 
 def train_step(
-    job: Job, optimizer: torch.optim.Optimizer, rows: ByteIds, entropies: Entropies | None, window: ReportWindow
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    inputs: ByteIds,
+    targets: ByteIds,
+    entropies: Entropies | None,
+    window: ReportWindow,
 ) -> float:
-    """One update from rows of ``row_bytes + 1`` ids; the gradient's norm before clipping."""
+    """One update from some rows; the gradient's norm before clipping."""
     started = time.perf_counter()
-    num_targets = int((rows[:, 1:] > BOS).sum())
+    num_targets = max(1, int((targets > BOS).sum()))  # rows of one long prompt have none
     dtype = _product_dtype(job.config)
-    autocast = torch.autocast(rows.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32)
     parts = job.config.micro_batches
     entropies_of_parts = [None] * parts if entropies is None else entropies.chunk(parts)
-    for part, of_part in zip(rows.chunk(parts), entropies_of_parts, strict=True):
+    for part, next_ids, of_part in zip(inputs.chunk(parts), targets.chunk(parts), entropies_of_parts, strict=True):
         with autocast:
-            loss = job.loss(part, of_part)
+            loss = job.loss(part, next_ids, of_part)
         (loss.objective / num_targets).backward()
         window.nats += float(loss.nats.detach())
         window.patches += loss.patches
@@ -195,7 +201,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     window.targets += num_targets
-    window.bytes += rows[:, 1:].numel()
+    window.bytes += targets.numel()
     window.seconds += time.perf_counter() - started
     return norm
 
@@ -230,18 +236,36 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> RowAdamW:
-    """AdamW; matrices decay, norms and embedding tables do not. Hash tables go row by row and may have their own rate."""
+    """AdamW over what is not frozen; matrices decay, norms and embedding tables do not. Hash tables go row by row and may have
+    their own rate, as latent layers may.
+    """
     rate, table_rate = config.learning_rate, config.table_learning_rate or config.learning_rate
-    matrices = [part.weight for part in model.modules() if isinstance(part, nn.Linear)]
-    embeddings = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
-    tables = [part.tables.weight for part in model.modules() if isinstance(part, HashEmbeddings)]
-    elsewhere = {id(weight) for weight in [*matrices, *embeddings]}
-    in_tables = {id(weight) for weight in tables}
+    kind = {id(part.weight): "matrix" for part in model.modules() if isinstance(part, nn.Linear)}
+    kind |= {id(part.weight): "embedding" for part in model.modules() if isinstance(part, nn.Embedding)}
+    kind |= {id(part.tables.weight): "table" for part in model.modules() if isinstance(part, HashEmbeddings)}
+    latent = {
+        id(weight)
+        for part in model.modules()
+        if isinstance(part, LatentTransformer)
+        for weight in part.transformer.parameters()
+    }
+
+    def group(of_kind: str, peak_lr: float, in_latent: bool = False, **options: Any) -> dict[str, Any]:
+        chosen = [
+            weight
+            for weight in model.parameters()
+            if weight.requires_grad and kind.get(id(weight), "norm") == of_kind and (id(weight) in latent) == in_latent
+        ]
+        return {"params": chosen, "peak_lr": peak_lr, **options}
+
+    latent_rate, decay = rate * config.latent_learning_rate_factor, config.weight_decay
     groups = [
-        {"params": matrices, "peak_lr": rate, "weight_decay": config.weight_decay},
-        {"params": [weight for weight in embeddings if id(weight) not in in_tables], "peak_lr": table_rate},
-        {"params": tables, "peak_lr": table_rate, "by_row": True},
-        {"params": [weight for weight in model.parameters() if id(weight) not in elsewhere], "peak_lr": rate},
+        group("matrix", rate, weight_decay=decay),
+        group("embedding", table_rate),
+        group("table", table_rate, by_row=True),
+        group("norm", rate),
+        group("matrix", latent_rate, in_latent=True, weight_decay=decay),
+        group("norm", latent_rate, in_latent=True),
     ]
     groups = [group for group in groups if group["params"]]  # an entropy model has no tables
     return RowAdamW(groups, lr=rate, betas=config.betas, eps=config.adam_eps, weight_decay=0.0, fused=True)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from blt import corpus
 from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import naming_the_place, saved_steps, write_whole
 from blt.config import (
+    NETWORK_SECTIONS,
     EntropyModelConfig,
     ModelConfig,
     NgramEntropyModelConfig,
@@ -22,11 +23,13 @@ from blt.config import (
     read_run_config,
     to_toml,
 )
+from blt.documents import Document, read_documents
 from blt.entropy_cache import EntropyCache, open_entropies
-from blt.evaluate import evaluate_inputs, score_documents, total_score
+from blt.evaluate import Predictor, Score, evaluate_inputs, score_documents, total_score
 from blt.flops import entropy_model_flops, flops_per_byte
-from blt.huggingface import load_entropy_model, load_model
+from blt.huggingface import load_entropy_model, load_model, read_model_config
 from blt.language_model import LanguageModel, model_folder
+from blt.lora import add_adapters, check_adapters, merged
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
@@ -56,9 +59,11 @@ COUNTED_BYTES = 1 << 20  # of training text at a time, for n-gram statistics
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
     """Train what ``config`` describes into the folder ``run``, or go on with what is there.
 
-    Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config,
+    Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config or the model
+    to go on from another network,
     KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
     """
+    _check_beginning(config)
     pretrained, teacher = _pretrained_entropy_model(config, device), _teacher(config, device)
     scored = _scored_entropies(config, pretrained)
     is_new = not (run / "config.toml").exists()
@@ -66,7 +71,7 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     try:
         train_shard, held_out = open_corpus(config, run, reporter)
         if scored is not None:
-            scored.check_corpus(train_shard, str(config.pretrained_entropy_model), config.data)
+            scored.check_corpus(train_shard, str(config.entropy_model_source), config.data)
     except (ValueError, OSError):
         if is_new:  # text that cannot be read, or that nobody scored, leaves the folder free for better text
             (run / "config.toml").unlink()
@@ -91,11 +96,12 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
             elif entropy_model is None and config.model.entropy_model is not None:
                 entropy_model = _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
             model_config = _calibrated(config, entropy_model, device, train_shard, held_out, scored, metrics, reporter)
-            network = ByteLatentTransformer(model_config)
-            initialise(network, torch.Generator().manual_seed(config.training.seed))
+            network = _first_network(config, model_config)
             lm = LanguageModel(model_config, entropy_model, network.to(device))
-        optimise_job(_network_job(lm, config.training, run, held_out, scored))
-    return lm
+        if config.lora is not None:
+            add_adapters(lm.network, config.lora, config.training.seed)
+        optimise_job(_network_job(lm, config, run, held_out, scored))
+    return LanguageModel(lm.config, lm.entropy_model, merged(lm.network))
 
 
 def train_and_report(
@@ -104,11 +110,12 @@ def train_and_report(
     """Train, score held-out text, and leave evaluation.json and report.html in the run folder."""
     lm = train(config, run, device, resume, reporter)
     documents = corpus.open_shard(run / "corpus", "held_out").sample(REPORT_BYTES, seed=0)
+    shown = documents[0].data[: min(300, lm.config.max_bytes - 1)]
     row_bytes = config.training.row_bytes
     evaluation = evaluate_inputs(lm.predict, {"held out": documents}, row_bytes, lm.device, reporter)
     write_whole(run / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     if can_draw():
-        write_report(run, patched_text(lm, documents[0][: min(300, lm.config.max_bytes - 1)]), evaluation)
+        write_report(run, patched_text(lm, shown), evaluation)
     else:
         reporter.say("no report.html: it needs matplotlib, pip install 'blt-lm[plot]'")
     return lm, evaluation
@@ -118,7 +125,7 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
     """The run's training and held-out shards, built at the first start."""
     folder = run / "corpus"
     if not folder.exists():
-        documents = corpus.read_documents(config.data.paths, raw=config.data.raw)
+        documents = read_documents(config.data.paths, raw=config.data.raw)
         with naming_the_place(folder):
             reporter.say(corpus.build_shards(documents, folder, config.data.held_out_fraction).sentence)
     return corpus.open_shard(folder, "train"), corpus.open_shard(folder, "held_out")
@@ -202,14 +209,40 @@ def _without_dtypes(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"training": {"dtype"}, "entropy_training": {"dtype"}})
 
 
+def _check_beginning(config: RunConfig) -> None:
+    """Raises ValueError where the model to go on from has another network than [model], or [lora] does not fit it."""
+    if config.init is not None:
+        found = read_model_config(model_folder(config.init))
+        for name in NETWORK_SECTIONS:
+            if getattr(found, name) != getattr(config.model, name):
+                raise ValueError(
+                    f"the network of {config.init} has another {name} than [model]: {getattr(found, name)!r}"
+                )
+    if config.lora is not None:
+        with torch.device("meta"):
+            check_adapters(ByteLatentTransformer(config.model), config.lora)
+
+
+def _first_network(config: RunConfig, model_config: ModelConfig) -> ByteLatentTransformer:
+    """The network that training begins with: that of ``init``, or fresh weights."""
+    if config.init is None:
+        network = ByteLatentTransformer(model_config)
+        initialise(network, torch.Generator().manual_seed(config.training.seed))
+        return network
+    _, _, network = load_model(model_folder(config.init), torch.float32)
+    network.config = model_config
+    return network
+
+
 def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | NgramEntropyModel | None:
     """The entropy model of the model that the config names, if it does. Raises ValueError for one of another shape."""
-    if config.pretrained_entropy_model is None:
+    source = config.entropy_model_source
+    if source is None or config.model.entropy_model is None:
         return None
-    _, found = load_entropy_model(model_folder(config.pretrained_entropy_model))
+    _, found = load_entropy_model(model_folder(source))
     if found is None or found.config != config.model.entropy_model:
         raise ValueError(
-            f"{config.pretrained_entropy_model} has another entropy model than [model.entropy_model] describes: "
+            f"{source} has another entropy model than [model.entropy_model] describes: "
             f"{found.config if found else 'none'}"
         )
     return found.to(device)
@@ -221,7 +254,7 @@ def _scored_entropies(config: RunConfig, pretrained: EntropyModel | NgramEntropy
         return None
     assert isinstance(pretrained, EntropyModel)
     scored = open_entropies(Path(config.data.entropies))
-    scored.check_scored_by(str(config.pretrained_entropy_model), pretrained, config.data, config.training.row_bytes)
+    scored.check_scored_by(str(config.entropy_model_source), pretrained, config.data, config.training.row_bytes)
     patching = config.model.patching
     if patching.rule == "entropy" and patching.threshold_nats is not None:
         scored.check_threshold(patching.threshold_nats)
@@ -277,8 +310,7 @@ def _entropy_job(
     documents = held_out.sample(training.evaluation_bytes, seed=0)
     device = next(entropy_model.parameters()).device
 
-    def loss(rows: ByteIds, entropies: Entropies | None) -> Loss:
-        inputs, targets = rows[:, :-1], rows[:, 1:]
+    def loss(inputs: ByteIds, targets: ByteIds, entropies: Entropies | None) -> Loss:
         logits = entropy_model(inputs)
         nats = next_id_loss(logits, targets)
         if teacher is None:
@@ -291,8 +323,7 @@ def _entropy_job(
         return entropy_model(ids), None, torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool, device=device)
 
     def evaluate() -> dict[str, Any]:
-        total = total_score(score_documents(predict, documents, training.row_bytes, device))
-        return {"valid_bits_per_byte": total.bits_per_byte}
+        return {"valid_bits_per_byte": _scored(predict, documents, training.row_bytes, device).bits_per_byte}
 
     flops = 3 * entropy_model_flops(entropy_model.config, training.row_bytes)
     if teacher is not None:
@@ -301,27 +332,31 @@ def _entropy_job(
     return Job(ENTROPY_MODEL, entropy_model, training, state, loss, evaluate, lambda: None, lambda mean_patch: flops)
 
 
+def _scored(predict: Predictor, documents: Sequence[Document], row_bytes: int, device: torch.device) -> Score:
+    texts, prompts = [document.data for document in documents], [document.prompt_bytes for document in documents]
+    return total_score(score_documents(predict, texts, row_bytes, device, prompt_bytes=prompts))
+
+
 def _network_job(
-    lm: LanguageModel, training: TrainingConfig, run: Path, held_out: corpus.ByteShard, scored: EntropyCache | None
+    lm: LanguageModel, config: RunConfig, run: Path, held_out: corpus.ByteShard, scored: EntropyCache | None
 ) -> Job:
-    patching = lm.config.patching
+    patching, training = lm.config.patching, config.training
     if scored is not None and patching.rule == "entropy":
         assert patching.threshold_nats is not None
         scored.check_threshold(patching.threshold_nats)
     documents = held_out.sample(training.evaluation_bytes, seed=0)
 
-    def loss(rows: ByteIds, entropies: Entropies | None) -> Loss:
-        inputs = rows[:, :-1]
+    def loss(inputs: ByteIds, targets: ByteIds, entropies: Entropies | None) -> Loss:
         starts = lm.patch_starts(inputs) if entropies is None else patch_starts(inputs, entropies, patching)
         patches = int((starts[:, :-1] & (inputs >= BYTE_OFFSET)).sum())
-        nats = next_id_loss(lm.network(inputs, starts), rows[:, 1:])
+        nats = next_id_loss(lm.network(inputs, starts), targets)
         return Loss(nats, nats, patches)
 
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
-        total = total_score(score_documents(lm.predict, documents, training.row_bytes, lm.device))
+        total = _scored(lm.predict, documents, training.row_bytes, lm.device)
         room = lm.config.max_bytes - 1
-        prompt = documents[0][: min(64, room // 2)]
+        prompt = documents[0].data[: min(documents[0].prompt_bytes or 64, room // 2)]
         sample = prompt + b"".join(lm.stream(prompt, min(SAMPLE_BYTES, room - len(prompt)), temperature=0.8))
         figures = {f"valid_{name}": value for name, value in total.as_json().items()}
         return figures | {"sample": sample.decode("utf-8", "replace")}
@@ -330,8 +365,11 @@ def _network_job(
         counted = flops_per_byte(lm.config, mean_patch, training.row_bytes)
         return counted.training if scored is None else counted.training - counted.entropy_model
 
+    def save() -> None:
+        LanguageModel(lm.config, lm.entropy_model, merged(lm.network)).save(run / "model")
+
     state, read = run / "state" / "network", None if scored is None else scored.entropies
-    return Job(NETWORK, lm.network, training, state, loss, evaluate, lambda: lm.save(run / "model"), flops, read)
+    return Job(NETWORK, lm.network, training, state, loss, evaluate, save, flops, read)
 
 
 def _calibrated(

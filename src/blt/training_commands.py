@@ -51,8 +51,9 @@ def demo(*, out: Path = Path("runs/demo"), entropy_model: EntropyKind = "ngram",
 
 
 def train(
-    config: str,
+    config: str | None = None,
     *,
+    init: str | None = None,
     data: Paths = None,
     raw: Annotated[bool, Parameter(negative=())] = False,
     entropies: Path | None = None,
@@ -62,16 +63,20 @@ def train(
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     options: Options = Options(),
 ) -> None:
-    """Train an entropy model (unless one is given), calibrate the threshold, train the network.
+    """Train an entropy model (unless one is given), calibrate the threshold, train the network. Or go on with a model.
 
     Ctrl-C saves; --resume continues, on a CPU to the bit.
 
     Parameters
     ----------
     config
-        A .toml file or the name of a preset: demo, demo_transformer, tiny, small, blt_1b, blt_8b.
+        A .toml file or the name of a preset: demo, demo_transformer, tiny, small, blt_1b, blt_8b; with --init: finetune.
+    init
+        Go on with the network of this model (a run folder, a model's folder, or a hub id) instead of fresh weights. Its entropy
+        model and threshold stay as they are. Adapters instead of whole matrices: --set lora.rank=8.
     data
-        Files and folders to train on, or stdlib; instead of the config's.
+        Files and folders to train on, or stdlib; instead of the config's. Of rows with prompt and response, instead of text,
+        the response is learned.
     raw
         Take every file as one document of bytes.
     entropies
@@ -96,7 +101,18 @@ def train(
         overrides.append("data.raw=true")
     if entropies is not None:
         overrides.append(f"data.entropies={json.dumps(str(entropies), ensure_ascii=False)}")
-    run_config = _with_options(read_run_config(config, overrides), options)
+    init_config = None
+    if init is not None:
+        from blt.huggingface import read_model_config
+        from blt.language_model import model_folder
+
+        init_config = read_model_config(model_folder(init))
+        overrides.append(f"init={json.dumps(init, ensure_ascii=False)}")
+    if config is None:
+        if init is None:
+            raise ValueError("there is nothing to train: give a config, or a model to go on from (--init MODEL)")
+        config = "finetune"
+    run_config = _with_options(read_run_config(config, overrides, init_config), options)
     if dry_run:
         if options.json:
             print_json(run_config.model_dump(mode="json"))
