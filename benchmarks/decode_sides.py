@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from blt.byte_ids import BOS, BYTE_OFFSET, EOS, VOCAB_SIZE
 from blt.config import EntropyModelConfig, HashEmbeddingsConfig, ModelConfig, PatchingConfig, TransformerConfig
 from blt.flops import LLAMA_3_BYTES_PER_TOKEN
-from blt.huggingface import save_model
 from blt.incremental import Networks, State, prefill
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.patching import threshold_for_patch_size
 from blt.model.transformer import initialise
+from blt.model_files import save_model
 from blt.sampling import NextLogits, Probabilities, Sampling, draw, next_probabilities
 from blt.speculate import Drawer, advance, draft_limit
 

@@ -31,7 +31,6 @@ from blt.config import (
 )
 from blt.documents import read_documents
 from blt.flops import FlopsPerByte, flops_per_byte, token_model_flops_per_byte
-from blt.huggingface import save_model
 from blt.language_model import LanguageModel
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
@@ -39,6 +38,7 @@ from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.patching import threshold_for_patch_size
 from blt.model.transformer import Transformer, initialise
+from blt.model_files import save_model
 from blt.optimise import Job, Loss, ReportWindow, build_optimizer, next_id_loss, prepare, train_step
 from blt.processor import fp32_switch
 from blt.train import resolve_dtype

@@ -409,17 +409,14 @@ def test_a_full_disk_leaves_the_old_picture_whole(
 def test_a_full_disk_while_saving_a_model_leaves_the_old_one_whole(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import SafetensorError
-
-    from blt import huggingface
+    from blt import weights_file
     from blt.language_model import load
 
-    def half_written(tensors: object, path: Path, metadata: object = None) -> None:
-        path.write_bytes(b"half of it")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def half_written(path: Path, *_: object) -> None:
+        full_disk(path, b"both halves of it")
 
     lm, before = load(trained_run), files_of(trained_run / "model")
-    monkeypatch.setattr(huggingface, "save_file", half_written)
+    monkeypatch.setattr(weights_file, "_write_file", half_written)
     with pytest.raises(OSError, match=r"No space left on device") as refusal:
         lm.save(trained_run / "model")
     assert str(trained_run / "model") in str(refusal.value)

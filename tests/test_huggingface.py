@@ -33,17 +33,18 @@ from blt.config import (
     PatchingConfig,
     TransformerConfig,
 )
-from blt.huggingface import OWN_WEIGHTS, WEIGHTS, inexpressible, load_model, named_weights, save_model
+from blt.huggingface import OWN_WEIGHTS, WEIGHTS, inexpressible
 from blt.language_model import load
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.patching import patch_starts
+from blt.model_files import load_model, named_weights, save_model
 
 disable_progress_bar()
 
 LENGTHS = (1, 2, 3, 5, 17, 100, 511, 512, 513, 600)
 WRITTEN_BY_TRANSFORMERS = "written_by_transformers"
-FILES = ("config.json", "generation_config.json", WEIGHTS)
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md")
 
 
 def local(num_layers: int, window_positions: int | None = 9, **changes: Any) -> TransformerConfig:
@@ -278,7 +279,7 @@ def test_saving_what_was_loaded_writes_the_same_files_to_the_bit(name: str, tmp_
     assert again == config
     assert_equal_weights(named_weights(entropy_model, network), weights)
     save_model(tmp_path / "second", again, entropy_model, network)
-    files = [OWN_WEIGHTS if file == WEIGHTS and inexpressible(config) else file for file in FILES]
+    files = [*FILES, f"{OWN_WEIGHTS if inexpressible(config) else WEIGHTS}.safetensors"]
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(files)
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

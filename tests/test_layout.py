@@ -106,7 +106,8 @@ def loaded_by(code: str) -> set[str]:
 HELP_OF_ALL = """
 import sys
 from blt.cli import main
-for command in ([], ['doctor'], ['demo'], ['train'], ['entropies'], ['evaluate'], ['generate'], ['patch'], ['flops']):
+names = ('doctor', 'demo', 'train', 'entropies', 'evaluate', 'generate', 'patch', 'convert', 'flops')
+for command in ([], *([name] for name in names)):
     sys.argv = ['blt', *command, '--help']
     try:
         main()

@@ -7,7 +7,7 @@ unpickled when a run resumes: resume only runs you trust (models, which are shar
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,34 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
+
+
+@contextmanager
+def files_together(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Files that replace those of a folder together, once all are written whole; the path to write each of them to.
+
+    Where one cannot be written, what was there is untouched. Raises OSError naming the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partials: dict[str, Path] = {}
+
+    def path_of(name: str) -> Path:
+        (folder / name).parent.mkdir(exist_ok=True)
+        return partials.setdefault(name, folder / f"{name}.partial")
+
+    try:
+        yield path_of
+    except BaseException as error:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise OSError(
+                f"the model could not be written to {folder} ({reason}); what was there is untouched"
+            ) from None
+        raise
+    for name, partial in partials.items():
+        os.replace(partial, folder / name)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 app = App(name="blt", help="Byte Latent Transformers: train, measure, run.", version=__version__)
 for command in (
     *(training_commands.demo, training_commands.train, training_commands.entropies),
-    *(model_commands.evaluate, model_commands.generate, model_commands.patch, model_commands.flops),
-    model_commands.doctor,
+    *(model_commands.evaluate, model_commands.generate, model_commands.patch),
+    *(model_commands.convert, model_commands.flops, model_commands.doctor),
 ):
     app.command(command)
 

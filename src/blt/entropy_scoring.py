@@ -25,11 +25,11 @@ from blt.checkpoint import naming_the_place, write_whole
 from blt.config import CorpusConfig
 from blt.documents import Document, read_documents
 from blt.entropy_cache import CODES, FORMAT, PROGRESS, SPEC, Spec, read_spec, rows_done, weights_hash
-from blt.huggingface import load_entropy_model
 from blt.language_model import model_folder
 from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.patching import entropy_codes, entropy_edges
+from blt.model_files import load_entropy_model
 from blt.optimise import stop_after_this_step
 from blt.processor import multiply_fast_in_fp32
 from blt.progress import Reporter

@@ -1,23 +1,15 @@
-"""Models on disk in Hugging Face's ``blt`` format: two tables, config keys and weight names, read in both directions.
+"""Hugging Face's ``blt`` format: two tables, config keys and weight names, read in both directions.
 
 ``transformers`` loads what its ``BltForCausalLM`` can express. Anything else (another patching rule, a newline reset,
 other windows) is written under our own ``model_type``, which ``transformers`` refuses instead of computing something else.
 """
 
-import json
-import os
-from collections.abc import Container, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from blt.byte_ids import BOS, EOS, VOCAB_SIZE
-from blt.checkpoint import write_whole
 from blt.config import (
     EntropyModelConfig,
     HashEmbeddingsConfig,
@@ -27,15 +19,13 @@ from blt.config import (
     problems,
     validated,
 )
-from blt.model.byte_latent_transformer import ByteLatentTransformer
-from blt.model.entropy_model import EntropyModel
-from blt.model.ngram_entropy_model import NgramEntropyModel
 
 HF_PAD = 3
 # Models that transformers' class cannot express: config.json holds our ModelConfig, and the weights have a name that no
 # class of transformers looks for, since BltForCausalLM asked by name does not read the model_type.
 OWN_MODEL_TYPE = "blt-lm"
-WEIGHTS, OWN_WEIGHTS, INDEX = "model.safetensors", "blt-lm.safetensors", "model.safetensors.index.json"
+WEIGHTS, OWN_WEIGHTS = "model", "blt-lm"  # what the names of their files begin with
+GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
 
 ONLY_SUPPORTED = {  # what released models have and this code computes; a config.json that says otherwise is refused
     ("patching_mode",): "entropy",
@@ -120,10 +110,12 @@ def inexpressible(config: ModelConfig) -> list[str]:
     return reasons
 
 
-def to_config_json(config: ModelConfig) -> dict[str, Any]:
-    """The contents of config.json."""
+def to_config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The contents of config.json; ``dtype``: the widest that the weights are stored in."""
+    dtype_name = str(dtype).removeprefix("torch.")
     if inexpressible(config):
-        return {"model_type": OWN_MODEL_TYPE, "model": config.model_dump(mode="json", exclude_none=True)}
+        values = config.model_dump(mode="json", exclude_none=True)
+        return {"model_type": OWN_MODEL_TYPE, "dtype": dtype_name, "model": values}
     assert config.entropy_model is not None and config.entropy_model.kind == "transformer"
     encoder, decoder, latent, k = config.local_encoder, config.local_decoder, config.latent, config.slots_per_patch
     local = {"vocab_size": VOCAB_SIZE, "cross_attn_k": k, "hidden_size_global": latent.width}
@@ -133,7 +125,7 @@ def to_config_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": "blt",
         "architectures": ["BltForCausalLM"],
-        "dtype": "float32",
+        "dtype": dtype_name,
         "vocab_size": VOCAB_SIZE,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
@@ -202,146 +194,6 @@ def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
         ) from None
     except ValidationError as error:
         raise ValueError(f"{origin}: {problems(error)}") from None
-
-
-def save_model(
-    folder: Path,
-    config: ModelConfig,
-    entropy_model: EntropyModel | NgramEntropyModel | None,
-    network: ByteLatentTransformer,
-) -> None:
-    """Write config.json, generation_config.json and model.safetensors, each beside its place and then renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        weight_name(name): weight.detach().cpu().contiguous()
-        for name, weight in named_weights(entropy_model, network).items()
-    }
-    name, other = (OWN_WEIGHTS, WEIGHTS) if inexpressible(config) else (WEIGHTS, OWN_WEIGHTS)
-    partial = folder / f"{name}.partial"
-    try:
-        save_file(weights, partial, metadata={"format": "pt"})
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"the model could not be written to {folder} ({error}); what was there is untouched") from None
-    os.replace(partial, folder / name)
-    for outdated in (other, INDEX):
-        (folder / outdated).unlink(missing_ok=True)
-    generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
-    for name, values in (("config.json", to_config_json(config)), ("generation_config.json", generation)):
-        write_whole(folder / name, json.dumps(values, indent=2) + "\n")
-
-
-def load_model(
-    folder: Path, dtype: torch.dtype
-) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None, ByteLatentTransformer]:
-    """A model from a folder in this format, the network in ``dtype``, the entropy model always in fp32 or whole numbers.
-
-    Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
-    """
-    config, entropy_model, network = _without_weights(folder)
-    weights = _named_weights_of(folder, config, named_weights(entropy_model, network), "")
-    _fill(network, "network.", weights, dtype)
-    if entropy_model is not None:
-        _fill(entropy_model, "entropy_model.", weights, torch.float32)
-    return config, entropy_model, network
-
-
-def load_entropy_model(folder: Path) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None]:
-    """A model's config and its entropy model in fp32, the network's weights left on disk. Raises as ``load_model``."""
-    config, entropy_model, network = _without_weights(folder)
-    if entropy_model is not None:
-        weights = _named_weights_of(folder, config, named_weights(entropy_model, network), "entropy_model.")
-        _fill(entropy_model, "entropy_model.", weights, torch.float32)
-    return config, entropy_model
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """The model config of a folder in this format. Raises FileNotFoundError or ValueError as ``load_model``."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it")
-    try:
-        values = json.loads(config_file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is damaged, it is not JSON ({error}); copy the model again") from None
-    return from_config_json(values, str(config_file))
-
-
-def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[str, Tensor]:
-    """All weights of a model under our names."""
-    modules = {"network": network} if entropy_model is None else {"entropy_model": entropy_model, "network": network}
-    return {
-        f"{prefix}.{name}": weight for prefix, module in modules.items() for name, weight in module.state_dict().items()
-    }
-
-
-def _without_weights(
-    folder: Path,
-) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None, ByteLatentTransformer]:
-    """The modules that a folder's config.json describes, on the meta device."""
-    config = read_model_config(folder)
-    entropy_model: EntropyModel | NgramEntropyModel | None = None
-    with torch.device("meta"):
-        if config.entropy_model is not None and config.entropy_model.kind == "ngram":
-            entropy_model = NgramEntropyModel(config.entropy_model)
-        elif config.entropy_model is not None:
-            entropy_model = EntropyModel(config.entropy_model)
-        return config, entropy_model, ByteLatentTransformer(config)
-
-
-def _named_weights_of(
-    folder: Path, config: ModelConfig, everything: dict[str, Tensor], prefix: str
-) -> dict[str, Tensor]:
-    """The weights on disk whose names (ours) begin with ``prefix``; ``everything``: all there should be, for its shapes."""
-    expected = {weight_name(name): weight for name, weight in everything.items()}
-    wanted = {weight_name(name): name for name in everything if name.startswith(prefix)}
-    found: dict[str, Tensor] = {}
-    for file in _weight_files(folder, OWN_WEIGHTS if inexpressible(config) else WEIGHTS):
-        found |= dict(_read_weights(file, expected, wanted))
-    missing = wanted.keys() - found.keys()
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of the model's weights, {min(missing)} among them; copy it again"
-        )
-    return {wanted[name]: weight for name, weight in found.items()}
-
-
-def _fill(module: nn.Module, prefix: str, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Floating-point weights in ``dtype``; tables of whole numbers stay what they are."""
-    expected = module.state_dict()
-    kept = {name: dtype if weight.is_floating_point() else weight.dtype for name, weight in expected.items()}
-    module.load_state_dict({name: weights[prefix + name].to(kept[name]) for name in expected}, assign=True)
-
-
-def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The one file of weights, or the several that an index names."""
-    if (folder / name).is_file():
-        return [folder / name]
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"{index} is damaged, it maps no weights to files; copy the model again") from None
-    pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    because = f"; {pickles[0]} may be a pickle, which could run code and is not read" if pickles else ""
-    raise FileNotFoundError(f"{folder} holds no {name}{because}")
-
-
-def _read_weights(file: Path, expected: dict[str, Tensor], wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (a reader, not a dict)
-                if name not in expected:
-                    raise ValueError(f"{file} holds {name}, which the model of its config.json does not have")
-                shape, asked = list(weights.get_slice(name).get_shape()), list(expected[name].shape)
-                if shape != asked:
-                    raise ValueError(f"{file}: {name} has shape {shape}, its config.json asks for {asked}")
-                if name in wanted:
-                    yield name, weights.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}); copy the model again") from None
 
 
 def _stack_json(config: TransformerConfig, longest: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Entropy model, patching and network in one object: what ``blt.load`` returns."""
 
 import errno
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,17 +14,21 @@ from blt import byte_ids
 from blt.config import ModelConfig
 from blt.evaluate import Score, score_documents
 from blt.generate import Batch, GenerationStats, Request, stream, write_all
-from blt.huggingface import load_model, save_model
 from blt.incremental import Networks
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
 from blt.model.linear import Int8Linear, round_to_int8
 from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.patching import patch_starts, patch_starts_of_documents
+from blt.model_card import ModelCard, read_card
+from blt.model_files import load_model, save_model
 from blt.sampling import Sampling
 from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
 
 Text = str | bytes
+LOG_IN = "log in with: hf auth login (or set HF_TOKEN)"
+# What of a hub's model is downloaded: of either format, and no pickles but the official format's own
+HUB_FILES = ["*.json", "*.safetensors", "entropy_model/*", "README.md", "LICENSE*"]
 
 
 class LanguageModel:
@@ -34,10 +39,12 @@ class LanguageModel:
         config: ModelConfig,
         entropy_model: EntropyModel | NgramEntropyModel | None,
         network: ByteLatentTransformer,
+        card: ModelCard = ModelCard(),
     ) -> None:
         self.config = config
         self.entropy_model = entropy_model
         self.network = network
+        self.card = card  # licence, source, figures: what is saved beside the weights
 
     @property
     def device(self) -> torch.device:
@@ -166,10 +173,13 @@ class LanguageModel:
         return stream(Batch(self._networks(compiled), speculate, stats), request)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face's ``blt`` format. Raises ValueError for one that was loaded in int8."""
+        """Write the model in Hugging Face's ``blt`` format, in bf16 if that holds all its numbers, and what its card says.
+
+        Raises ValueError for one that was loaded in int8, OSError for a place that cannot be written.
+        """
         if any(isinstance(part, Int8Linear) for part in self.network.modules()):
             raise ValueError("the weights of this model are rounded to int8; load it without dtype='int8' to save it")
-        save_model(Path(folder), self.config, self.entropy_model, self.network)
+        save_model(Path(folder), self.config, self.entropy_model, self.network, self.card)
 
     def _request(
         self, prompt: Text, max_bytes: int, *, seed: int = 0, stop: Iterable[Text] = (), **sampling: Any
@@ -207,19 +217,31 @@ class LanguageModel:
 
 
 def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
-    """A model from a run folder, a folder in Hugging Face's ``blt`` format, or a hub id such as ``itazap/blt-1b-hf``.
+    """A model from a run folder, a folder in Hugging Face's ``blt`` format or the official release format, or a hub id such as
+    ``itazap/blt-1b-hf``. Its licence, where it comes with one, is said on stderr.
 
     ``dtype``: auto (bf16 on a GPU, fp32 elsewhere), float32, bfloat16, or int8, which rounds the network's matrices and makes
-    compiled generation on a CPU faster. The entropy model stays in fp32, so the patches are the same in all of them.
+    compiled generation on a CPU faster. The entropy model stays in fp32, so the patches are the same in all of them. Weights
+    that are stored as they are asked for are mapped from the disk; hash tables that are stored in bf16 stay so.
 
     An existing path is never looked up on the hub. Raises FileNotFoundError or ValueError that says what to do.
     """
     target = pick_device(device)
-    loaded = load_model(model_folder(model), pick_dtype("auto" if dtype == "int8" else dtype, target))
-    found = LanguageModel(*loaded).to(target)
+    folder, card = model_folder_and_card(model)
+    loaded = load_model(folder, pick_dtype("auto" if dtype == "int8" else dtype, target))
+    found = LanguageModel(*loaded, card).to(target)
     if dtype == "int8":
         round_to_int8(found.network)
     return found
+
+
+def model_folder_and_card(model: str | Path) -> tuple[Path, ModelCard]:
+    """The folder that holds the model's files, and its card, whose licence is said on stderr."""
+    folder = model_folder(model)
+    card = read_card(folder, None if Path(model).exists() else str(model))
+    if card.license_line:
+        print(f"{model}: licence {card.license_line}", file=sys.stderr)
+    return folder, card
 
 
 def model_folder(model: str | Path) -> Path:
@@ -239,15 +261,33 @@ def model_folder(model: str | Path) -> Path:
     name = str(model)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise FileNotFoundError(errno.ENOENT, "no such model folder", name)
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except GatedRepoError:  # a child of the next
+        reason = f"it is gated; accept its licence on https://huggingface.co/{name}, then {LOG_IN}"
+    except (RepositoryNotFoundError, HFValidationError):
+        reason = f"the hub has no model of that name; check it, and if it is private, {LOG_IN}"
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        reason = (
+            f"it is not in the cache, and {'HF_HUB_OFFLINE forbids the network' if offline else 'there is no network'}; "
+            f"download it where there is one with: hf download {name} --local-dir FOLDER, and give that folder"
+        )
     except Exception as error:
-        raise FileNotFoundError(
-            f"{name} is no folder here, and the hub did not give it ({type(error).__name__}); check the name and the "
-            "network, or download the model and give its folder"
-        ) from error
+        reason = (
+            f"the hub did not give it ({type(error).__name__}: {error}); check the network, or download it elsewhere "
+            "and give its folder"
+        )
+    raise FileNotFoundError(f"{name} is no folder here, and cannot be had from the hub: {reason}")
 
 
 def pick_device(name: str) -> torch.device:

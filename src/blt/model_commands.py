@@ -1,10 +1,10 @@
-"""The commands that use a model: ``blt evaluate``, ``generate``, ``patch``, ``flops``; and ``blt doctor``."""
+"""The commands that use a model: ``blt evaluate``, ``generate``, ``patch``, ``convert``, ``flops``; and ``blt doctor``."""
 
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,6 +12,8 @@ from blt.command_options import FROM_STDIN, Options, Output, Paths, print_flops,
 
 if TYPE_CHECKING:
     from blt.language_model import LanguageModel
+
+SECONDS_PER_REPORT = 3.0
 
 
 def evaluate(
@@ -27,7 +29,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A run folder, a folder in Hugging Face's blt format, or a hub id.
+        A run folder, a folder in Hugging Face's blt format or the official release format, or a hub id.
     data
         Files and folders, or stdlib. Default: the documents that the run held out.
     raw
@@ -178,6 +180,46 @@ def patch(
         print(f"\n{len(patched.data)} bytes, {len(patched.patches)} patches of {patched.mean_patch_bytes:.2f} bytes")
 
 
+def convert(
+    source: str,
+    dest: Path,
+    *,
+    to: Literal["hf", "official"] = "hf",
+    options: Output = Output(),
+) -> None:
+    """Write a model in another format, its weights to the bit, one tensor at a time.
+
+    Parameters
+    ----------
+    source
+        A run folder, a folder in Hugging Face's blt format or the official release format, or a hub id.
+    dest
+        A new folder.
+    to
+        hf: what transformers loads. official: the files of facebook/blt-1b.
+    """
+    from blt.language_model import model_folder_and_card
+    from blt.model_files import convert as convert_folder
+
+    folder, card = model_folder_and_card(source)
+    started = shown = time.perf_counter()
+    with reporter_for(options) as reporter:
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            if (now := time.perf_counter()) - shown > SECONDS_PER_REPORT:
+                shown, seconds = now, now - started
+                rate = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {done / 1e6 / seconds:.0f} MB/s"
+                reporter.show("converting", done, total, rate)
+
+        num_bytes = convert_folder(folder, dest, to, card, show)
+    seconds = time.perf_counter() - started
+    if options.json:
+        print_json({"folder": str(dest), "format": to, "weight_bytes": num_bytes, "seconds": seconds})
+    else:
+        print(f"{dest}: {num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s")
+
+
 def flops(
     config: str,
     *,
@@ -202,8 +244,8 @@ def flops(
     if Path(config).is_file() or config in preset_names() or config.endswith(".toml"):
         model_config = read_run_config(config).model
     else:
-        from blt.huggingface import read_model_config
         from blt.language_model import model_folder
+        from blt.model_files import read_model_config
 
         model_config = read_model_config(model_folder(config))
     context = context_bytes or model_config.max_bytes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blt import corpus
+from blt import __version__, corpus
 from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import naming_the_place, saved_steps, write_whole
 from blt.config import (
@@ -27,7 +27,6 @@ from blt.documents import Document, read_documents
 from blt.entropy_cache import EntropyCache, open_entropies
 from blt.evaluate import Predictor, Score, evaluate_inputs, score_documents, total_score
 from blt.flops import entropy_model_flops, flops_per_byte
-from blt.huggingface import load_entropy_model, load_model, read_model_config
 from blt.language_model import LanguageModel, model_folder
 from blt.lora import add_adapters, check_adapters, merged
 from blt.model.byte_latent_transformer import ByteLatentTransformer
@@ -35,6 +34,8 @@ from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
+from blt.model_card import with_figures
+from blt.model_files import load_entropy_model, load_model, write_card
 from blt.optimise import (
     Job,
     Loss,
@@ -114,11 +115,22 @@ def train_and_report(
     row_bytes = config.training.row_bytes
     evaluation = evaluate_inputs(lm.predict, {"held out": documents}, row_bytes, lm.device, reporter)
     write_whole(run / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+    lm.card = with_figures(lm.card, evaluation, _how_it_was_trained(config, device))
+    write_card(run / "model", lm.config, lm.card)
     if can_draw():
         write_report(run, patched_text(lm, shown), evaluation)
     else:
         reporter.say("no report.html: it needs matplotlib, pip install 'blt-lm[plot]'")
     return lm, evaluation
+
+
+def _how_it_was_trained(config: RunConfig, device: torch.device) -> str:
+    """One sentence for the model's card; of paths only their last part, as folders may tell more than they should."""
+    names = ", ".join(Path(path).name for path in config.data.paths)
+    return (
+        f"on {config.training.total_bytes / 1e6:.2f} MB of text ({names}) in rows of {config.training.row_bytes} bytes, "
+        f"by blt {__version__} with torch {torch.__version__} on {device.type}"
+    )
 
 
 def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpus.ByteShard, corpus.ByteShard]:

@@ -44,8 +44,12 @@ class HashEmbeddings(nn.Module):
         return self.look_up(table_rows(byte_ids, self.config))
 
     def look_up(self, rows: TableRows) -> ByteStates:
-        """The sum of these rows for each byte. The tables' gradient is sparse: it holds these rows and no others."""
-        sums = _SummedRows.apply(self.tables.weight, rows.flatten(0, 1))
+        """The sum of these rows for each byte. The tables' gradient is sparse: it holds these rows and no others.
+
+        Outside of training it is formed in fp32 whatever the tables are in, so that narrow tables give what wide ones would.
+        """
+        table = self.tables.weight
+        sums = _SummedRows.apply(table, rows.flatten(0, 1), not self.training and table.dtype != torch.float32)
         return sums.unflatten(0, rows.shape[:2])
 
 
@@ -54,16 +58,21 @@ class _SummedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, table: Float[Tensor, "row width"], bags: Int[Tensor, "bag size"]
+        ctx: Any, table: Float[Tensor, "row width"], bags: Int[Tensor, "bag size"], in_fp32: bool
     ) -> Float[Tensor, "bag width"]:
         ctx.save_for_backward(bags)
-        ctx.shape = table.shape
+        ctx.shape, ctx.dtype = table.shape, table.dtype
+        if in_fp32:  # one table after the other, so that no more than the sum is as large as the row of bytes
+            sums = F.embedding(bags[:, 0], table).float()
+            for column in bags[:, 1:].unbind(1):
+                sums += F.embedding(column, table)
+            return sums
         return F.embedding_bag(bags, table, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "bag width"]) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Float[Tensor, "bag width"]) -> tuple[Tensor, None, None]:
         (bags,) = ctx.saved_tensors
-        return sums_by_row(bags, gradients[0], ctx.shape), None
+        return sums_by_row(bags, gradients[0].to(ctx.dtype), ctx.shape), None, None
 
 
 def sums_by_row(

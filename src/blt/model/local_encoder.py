@@ -32,15 +32,19 @@ class LocalEncoder(nn.Module):
     def forward(
         self, byte_ids: ByteIds, segments: Segments, documents: DocumentIds, num_patches: int
     ) -> tuple[ByteStates, PatchStates]:
-        embedded = self.byte_embedding(byte_ids) + self.hash_embeddings(byte_ids)
+        embedded = self._embedded(byte_ids, self.hash_embeddings(byte_ids))
         # with bf16 products all states are in bf16, as half the memory takes half the time; norms are in fp32 inside
         byte_states = self.transformer(embedded.to(product_dtype(embedded)), documents)
         return byte_states, self.gather_patches(byte_states.flatten(0, 1), segments, num_patches)
 
     def extend(self, byte_ids: ByteIds, rows: TableRows, kept: Kept) -> ByteStates:
         """States of new bytes of rows whose earlier ones are in the cache; ``rows``: what their n-grams select."""
-        embedded = self.byte_embedding(byte_ids) + self.hash_embeddings.look_up(rows)
-        return self.transformer.extend(embedded, kept)
+        return self.transformer.extend(self._embedded(byte_ids, self.hash_embeddings.look_up(rows)), kept)
+
+    def _embedded(self, byte_ids: ByteIds, ngrams: ByteStates) -> ByteStates:
+        """Bytes and n-grams, as wide as the bytes' embeddings: a sum of narrow tables' rows may come in fp32."""
+        embedded = self.byte_embedding(byte_ids) + ngrams
+        return embedded.to(self.byte_embedding.weight.dtype)
 
     def gather_patches(
         self, byte_states: Float[Tensor, "flat_byte byte_dim"], segments: Segments, num_patches: int
