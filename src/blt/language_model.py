@@ -283,8 +283,9 @@ def model_folder(model: str | Path) -> Path:
             f"download it where there is one with: hf download {name} --local-dir FOLDER, and give that folder"
         )
     except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
         reason = (
-            f"the hub did not give it ({type(error).__name__}: {error}); check the network, or download it elsewhere "
+            f"the hub did not give it ({type(error).__name__}: {first_line}); check the network, or download it elsewhere "
             "and give its folder"
         )
     raise FileNotFoundError(f"{name} is no folder here, and cannot be had from the hub: {reason}")

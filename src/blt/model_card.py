@@ -53,7 +53,7 @@ def read_card(folder: Path, hub_id: str | None = None) -> ModelCard:
         license_text=license_file.read_text("utf-8", "replace") if license_file else None,
         source=hub_id or _text(front.get("base_model")),
         training=_text(ours.get("training")),
-        figures=tuple(figure for figure in ours.get("figures") or () if isinstance(figure, dict)),
+        figures=tuple(figure for figure in _list(ours.get("figures")) if isinstance(figure, dict)),
     )
 
 
@@ -158,3 +158,7 @@ def _how_to_load(inexpressible: list[str]) -> str:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

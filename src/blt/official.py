@@ -214,12 +214,12 @@ def from_official(values: dict[str, Any], folder: Path, found: Mapping[str, Weig
                 width=_whole(of_entropy["dim"]),
                 num_heads=_whole(of_entropy["n_heads"]),
                 ffn_width=_ffn_width(found, f"{ENTROPY_WEIGHTS} "),
-                rope_theta=float(of_entropy.get("rope_theta", 10_000.0)),
-                norm_eps=float(of_entropy.get("norm_eps", 1e-5)),
+                rope_theta=of_entropy.get("rope_theta", 10_000.0),
+                norm_eps=of_entropy.get("norm_eps", 1e-5),
                 window_positions=of_entropy.get("sliding_window") or WINDOW,
             ),
             patching=PatchingConfig(
-                threshold_nats=float(threshold), max_patch_bytes=_whole(of_patcher.get("max_patch_length"))
+                threshold_nats=threshold, max_patch_bytes=_whole(of_patcher.get("max_patch_length"))
             ),
             hash_embeddings=HashEmbeddingsConfig(
                 ngram_bytes=tuple(args["encoder_hash_byte_group_size"]),
@@ -311,8 +311,8 @@ def _stack(args: dict[str, Any], part: str, found: Mapping[str, Weight], window:
         width=_whole(args[f"dim_{part}"]),
         num_heads=_whole(args[f"n_heads_{part}"]),
         ffn_width=_ffn_width(found, "global_transformer." if part == "global" else f"{part}."),
-        rope_theta=float(args["rope_theta"]),
-        norm_eps=float(args.get("norm_eps", 1e-5)),
+        rope_theta=args["rope_theta"],
+        norm_eps=args.get("norm_eps", 1e-5),
         window_positions=_whole(window),
     )
 
