@@ -30,7 +30,17 @@ _WITH_TENSORS = (
         "huggingface_generate",
         "incremental",
     ),
-    *("language_model", "model", "optimise", "sampling", "speculate", "train"),
+    *(
+        "language_model",
+        "model",
+        "optimise",
+        "sampling",
+        "speculate",
+        "starting_points",
+        "token_model",
+        "token_teacher",
+        "train",
+    ),
 )
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no property
 hypothesis.settings.load_profile("unhurried")

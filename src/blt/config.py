@@ -234,6 +234,13 @@ class LoraConfig(Config):
     targets: tuple[str, ...] = Field(LORA_TARGETS, min_length=1, strict=False)  # names of layers, or ends of names
 
 
+class TokenTeacherConfig(Config):
+    """A token model whose predictions of the next byte the network learns beside the text (distillation)."""
+
+    folder: str  # in transformers' format, with a byte-level tokenizer
+    weight: float = Field(0.5, gt=0, le=1)  # the teacher's share of what is minimised
+
+
 class RunConfig(Config):
     """Everything ``blt train`` needs; RUN/config.toml is one, enough to start the run again."""
 
@@ -245,6 +252,7 @@ class RunConfig(Config):
     entropy_teacher: str | None = (
         None  # any MODEL whose entropy model's predictions the trained one learns (distillation)
     )
+    token_teacher: TokenTeacherConfig | None = None
     entropy_training: TrainingConfig | None = None
     calibration: CalibrationConfig = CalibrationConfig()
     training: TrainingConfig

@@ -182,12 +182,17 @@ def patch(
 
 def convert(
     source: str,
-    dest: Path,
+    dest: Annotated[Path | None, Parameter(show_default=False)] = None,
     *,
     to: Literal["hf", "official"] = "hf",
+    from_token_model: Path | None = None,
+    config: str | None = None,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     options: Output = Output(),
 ) -> None:
-    """Write a model in another format, its weights to the bit, one tensor at a time.
+    """Write a model in another format, its weights to the bit, one tensor at a time. Or begin a BLT from a token model.
+
+    blt convert SOURCE DEST; blt convert --from-token-model FOLDER --config CONFIG DEST, then blt train DEST/train.toml.
 
     Parameters
     ----------
@@ -197,7 +202,20 @@ def convert(
         A new folder.
     to
         hf: what transformers loads. official: the files of facebook/blt-1b.
+    from_token_model
+        A folder with a model in Llama's format: its layers become the latent transformer, all else is fresh.
+    config
+        With --from-token-model: a .toml file or a preset that says what the local parts are and how to train.
+    set_
+        With --from-token-model: override a config value, as in blt train.
     """
+    if from_token_model is not None:
+        if dest is not None or config is None:
+            raise ValueError("--from-token-model wants one folder to write to, and a --config: blt convert --help")
+        _begin_from_token_model(from_token_model, config, list(set_ or []), Path(source), options)
+        return
+    if dest is None or config is not None or set_:
+        raise ValueError("a conversion wants SOURCE and DEST, and no --config: blt convert --help")
     from blt.language_model import model_folder_and_card
     from blt.model_files import convert as convert_folder
 
@@ -218,6 +236,21 @@ def convert(
         print_json({"folder": str(dest), "format": to, "weight_bytes": num_bytes, "seconds": seconds})
     else:
         print(f"{dest}: {num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s")
+
+
+def _begin_from_token_model(folder: Path, config: str, overrides: list[str], dest: Path, options: Output) -> None:
+    from blt.config import read_run_config
+    from blt.token_model import RUN_FILE, convert_token_model
+
+    made = convert_token_model(folder, read_run_config(config, overrides), dest)
+    latent, run_file = made.model.latent, dest / RUN_FILE
+    if options.json:
+        print_json({"folder": str(dest), "config": str(run_file), "latent": latent.model_dump(mode="json")})
+    else:
+        print(
+            f"{dest}: {latent.num_layers} latent layers of width {latent.width} from {folder}, all else fresh\n"
+            f"Next: blt train {run_file} --out RUN"
+        )
 
 
 def flops(

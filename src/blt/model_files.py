@@ -101,7 +101,7 @@ def save_model(
     if all_fit_bfloat16(weights):
         narrow = {name for name, weight in weights.items() if weight.dtype.is_floating_point}
         weights |= {name: converted(weights[name], torch.bfloat16) for name in narrow}
-    _write_huggingface(folder, StoredModel(config, weights), card, shard_bytes)
+    write_model(folder, StoredModel(config, weights), card, shard_bytes)
 
 
 def convert(
@@ -138,7 +138,7 @@ def convert(
         if to == "official":
             _write_official(target, stored, card, count)
         else:
-            _write_huggingface(target, stored, card, shard_bytes, count)
+            write_model(target, stored, card, shard_bytes, count)
     except BaseException:
         if is_new:
             shutil.rmtree(target, ignore_errors=True)
@@ -258,13 +258,14 @@ def _fill(module: nn.Module, prefix: str, weights: Mapping[str, Weight], dtype: 
     module.load_state_dict(filled, assign=True)
 
 
-def _write_huggingface(
+def write_model(
     folder: Path,
     model: StoredModel,
     card: ModelCard,
-    shard_bytes: int,
+    shard_bytes: int = SHARD_BYTES,
     written: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
+    """Write a model in Hugging Face's format, its weights as they are; ``written`` hears of every piece's bytes."""
     stem = OWN_WEIGHTS if inexpressible(model.config) else WEIGHTS
     weights = {huggingface.weight_name(name): weight for name, weight in model.weights.items()}
     contents = {"config.json": huggingface.to_config_json(model.config, model.dtype)}

@@ -246,7 +246,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> RowAdamW:
     latent = {
         id(weight)
         for part in model.modules()
-        if isinstance(part, LatentTransformer)
+        if isinstance(part, LatentTransformer) and config.latent_learning_rate_factor != 1
         for weight in part.transformer.parameters()
     }
 

@@ -20,7 +20,7 @@ def tokenizer_files(max_bytes: int) -> dict[str, dict[str, Any]]:
         {"Sequence": {"id": "B", "type_id": 0}},
     )
     vocabulary = {name: number for number, name in enumerate(SPECIAL)}
-    vocabulary |= {letter: byte + BYTE_OFFSET for byte, letter in enumerate(_letters())}
+    vocabulary |= {letter: byte + BYTE_OFFSET for byte, letter in enumerate(byte_letters())}
     rules: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -64,10 +64,10 @@ def tokenizer_files(max_bytes: int) -> dict[str, dict[str, Any]]:
     return {"tokenizer.json": rules, "tokenizer_config.json": settings}
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The character that stands for each byte in such files: itself where Latin-1 prints it, else the next free one from 256.
 
-    >>> letters = _letters()
+    >>> letters = byte_letters()
     >>> letters[65], letters[0], letters[32], letters[173], len(set(letters))
     ('A', 'Ā', 'Ġ', 'Ń', 256)
     """

@@ -14,7 +14,6 @@ from blt import __version__, corpus
 from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import naming_the_place, saved_steps, write_whole
 from blt.config import (
-    NETWORK_SECTIONS,
     EntropyModelConfig,
     ModelConfig,
     NgramEntropyModelConfig,
@@ -24,18 +23,17 @@ from blt.config import (
     to_toml,
 )
 from blt.documents import Document, read_documents
-from blt.entropy_cache import EntropyCache, open_entropies
+from blt.entropy_cache import EntropyCache
 from blt.evaluate import Predictor, Score, evaluate_inputs, score_documents, total_score
 from blt.flops import entropy_model_flops, flops_per_byte
-from blt.language_model import LanguageModel, model_folder
-from blt.lora import add_adapters, check_adapters, merged
-from blt.model.byte_latent_transformer import ByteLatentTransformer
+from blt.language_model import LanguageModel
+from blt.lora import add_adapters, merged
 from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
 from blt.model_card import with_figures
-from blt.model_files import load_entropy_model, load_model, write_card
+from blt.model_files import load_model, write_card
 from blt.optimise import (
     Job,
     Loss,
@@ -49,6 +47,16 @@ from blt.processor import multiply_fast_in_fp32, product_flops_per_second
 from blt.progress import Reporter
 from blt.report import can_draw, patched_text, write_report
 from blt.shapes import ByteIds, Entropies, PatchStarts
+from blt.starting_points import (
+    Lesson,
+    check_beginning,
+    entropy_teacher,
+    first_card,
+    first_network,
+    pretrained_entropy_model,
+    scored_entropies,
+    token_lesson,
+)
 
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
@@ -64,9 +72,10 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     to go on from another network,
     KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
     """
-    _check_beginning(config)
-    pretrained, teacher = _pretrained_entropy_model(config, device), _teacher(config, device)
-    scored = _scored_entropies(config, pretrained)
+    check_beginning(config)
+    lesson = token_lesson(config, device)
+    pretrained, teacher = pretrained_entropy_model(config, device), entropy_teacher(config, device)
+    scored = scored_entropies(config, pretrained)
     is_new = not (run / "config.toml").exists()
     config = _claim_folder(config, run, device, resume)
     try:
@@ -87,9 +96,9 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
         def optimise_job(job: Job) -> None:
             optimise(job, train_shard, metrics, reporter, stop_requested)
 
-        network_state = run / "state" / "network"
+        network_state, card = run / "state" / "network", first_card(config)
         if saved_steps(network_state):
-            lm = LanguageModel(*load_model(run / "model", torch.float32)).to(device)
+            lm = LanguageModel(*load_model(run / "model", torch.float32), card).to(device)
         else:
             entropy_model = pretrained
             if entropy_model is None and isinstance(config.model.entropy_model, NgramEntropyModelConfig):
@@ -97,12 +106,12 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
             elif entropy_model is None and config.model.entropy_model is not None:
                 entropy_model = _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
             model_config = _calibrated(config, entropy_model, device, train_shard, held_out, scored, metrics, reporter)
-            network = _first_network(config, model_config)
-            lm = LanguageModel(model_config, entropy_model, network.to(device))
+            network = first_network(config, model_config)
+            lm = LanguageModel(model_config, entropy_model, network.to(device), card)
         if config.lora is not None:
             add_adapters(lm.network, config.lora, config.training.seed)
-        optimise_job(_network_job(lm, config, run, held_out, scored))
-    return LanguageModel(lm.config, lm.entropy_model, merged(lm.network))
+        optimise_job(_network_job(lm, config, run, held_out, scored, lesson))
+    return LanguageModel(lm.config, lm.entropy_model, merged(lm.network), lm.card)
 
 
 def train_and_report(
@@ -221,78 +230,6 @@ def _without_dtypes(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"training": {"dtype"}, "entropy_training": {"dtype"}})
 
 
-def _check_beginning(config: RunConfig) -> None:
-    """Raises ValueError where the model to go on from has another network than [model], or [lora] does not fit it."""
-    if config.init is not None:
-        found = read_model_config(model_folder(config.init))
-        for name in NETWORK_SECTIONS:
-            if getattr(found, name) != getattr(config.model, name):
-                raise ValueError(
-                    f"the network of {config.init} has another {name} than [model]: {getattr(found, name)!r}"
-                )
-    if config.lora is not None:
-        with torch.device("meta"):
-            check_adapters(ByteLatentTransformer(config.model), config.lora)
-
-
-def _first_network(config: RunConfig, model_config: ModelConfig) -> ByteLatentTransformer:
-    """The network that training begins with: that of ``init``, or fresh weights."""
-    if config.init is None:
-        network = ByteLatentTransformer(model_config)
-        initialise(network, torch.Generator().manual_seed(config.training.seed))
-        return network
-    _, _, network = load_model(model_folder(config.init), torch.float32)
-    network.config = model_config
-    return network
-
-
-def _pretrained_entropy_model(config: RunConfig, device: torch.device) -> EntropyModel | NgramEntropyModel | None:
-    """The entropy model of the model that the config names, if it does. Raises ValueError for one of another shape."""
-    source = config.entropy_model_source
-    if source is None or config.model.entropy_model is None:
-        return None
-    _, found = load_entropy_model(model_folder(source))
-    if found is None or found.config != config.model.entropy_model:
-        raise ValueError(
-            f"{source} has another entropy model than [model.entropy_model] describes: "
-            f"{found.config if found else 'none'}"
-        )
-    return found.to(device)
-
-
-def _scored_entropies(config: RunConfig, pretrained: EntropyModel | NgramEntropyModel | None) -> EntropyCache | None:
-    """The entropies that the config names, if it does. Raises ValueError for those of another model or other rows."""
-    if config.data.entropies is None:
-        return None
-    assert isinstance(pretrained, EntropyModel)
-    scored = open_entropies(Path(config.data.entropies))
-    scored.check_scored_by(str(config.entropy_model_source), pretrained, config.data, config.training.row_bytes)
-    patching = config.model.patching
-    if patching.rule == "entropy" and patching.threshold_nats is not None:
-        scored.check_threshold(patching.threshold_nats)
-    return scored
-
-
-def _teacher(config: RunConfig, device: torch.device) -> EntropyModel | None:
-    """The entropy model that teaches this run's, if the config names one. Raises ValueError for one that cannot."""
-    if config.entropy_teacher is None:
-        return None
-    assert config.entropy_training is not None
-    teachers_config, found = load_entropy_model(model_folder(config.entropy_teacher))
-    if found is None:
-        raise ValueError(f"entropy_teacher {config.entropy_teacher} has no entropy model; name a model that has one")
-    if isinstance(found, NgramEntropyModel):
-        raise ValueError(
-            f"entropy_teacher {config.entropy_teacher} counts n-grams and predicts no byte; name another model"
-        )
-    if config.entropy_training.row_bytes > teachers_config.max_bytes:
-        raise ValueError(
-            f"entropy_training.row_bytes {config.entropy_training.row_bytes} exceeds the {teachers_config.max_bytes} "
-            f"positions that entropy_teacher {config.entropy_teacher} can read"
-        )
-    return found.to(device)
-
-
 def _trained_entropy_model(
     config: RunConfig,
     run: Path,
@@ -350,7 +287,12 @@ def _scored(predict: Predictor, documents: Sequence[Document], row_bytes: int, d
 
 
 def _network_job(
-    lm: LanguageModel, config: RunConfig, run: Path, held_out: corpus.ByteShard, scored: EntropyCache | None
+    lm: LanguageModel,
+    config: RunConfig,
+    run: Path,
+    held_out: corpus.ByteShard,
+    scored: EntropyCache | None,
+    lesson: Lesson | None,
 ) -> Job:
     patching, training = lm.config.patching, config.training
     if scored is not None and patching.rule == "entropy":
@@ -361,8 +303,9 @@ def _network_job(
     def loss(inputs: ByteIds, targets: ByteIds, entropies: Entropies | None) -> Loss:
         starts = lm.patch_starts(inputs) if entropies is None else patch_starts(inputs, entropies, patching)
         patches = int((starts[:, :-1] & (inputs >= BYTE_OFFSET)).sum())
-        nats = next_id_loss(lm.network(inputs, starts), targets)
-        return Loss(nats, nats, patches)
+        logits = lm.network(inputs, starts)
+        nats = next_id_loss(logits, targets)
+        return Loss(nats if lesson is None else lesson(logits, inputs, targets, nats), nats, patches)
 
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
@@ -378,7 +321,7 @@ def _network_job(
         return counted.training if scored is None else counted.training - counted.entropy_model
 
     def save() -> None:
-        LanguageModel(lm.config, lm.entropy_model, merged(lm.network)).save(run / "model")
+        LanguageModel(lm.config, lm.entropy_model, merged(lm.network), lm.card).save(run / "model")
 
     state, read = run / "state" / "network", None if scored is None else scored.entropies
     return Job(NETWORK, lm.network, training, state, loss, evaluate, save, flops, read)

@@ -103,8 +103,8 @@ def train(
         overrides.append(f"data.entropies={json.dumps(str(entropies), ensure_ascii=False)}")
     init_config = None
     if init is not None:
-        from blt.huggingface import read_model_config
         from blt.language_model import model_folder
+        from blt.model_files import read_model_config
 
         init_config = read_model_config(model_folder(init))
         overrides.append(f"init={json.dumps(init, ensure_ascii=False)}")
