@@ -28,6 +28,7 @@ _WITH_TENSORS = (
         "evaluate",
         "generate",
         "huggingface_generate",
+        "huggingface_trainer",
         "incremental",
     ),
     *(

@@ -135,9 +135,10 @@ def test_the_command_and_the_module_are_one_program() -> None:
 
 
 def test_the_public_names_are_the_documented_ones_and_import_on_first_use() -> None:
-    assert set(blt.__all__) == {"ByteStreamer", "LanguageModel", "fast_generate", "load"}
+    assert set(blt.__all__) == {"ByteStreamer", "LanguageModel", "TrainerModel", "fast_generate", "load"}
     homes = {name: getattr(blt, name).__module__ for name in blt.__all__}
     assert {homes["LanguageModel"], homes["load"]} == {"blt.language_model"}
+    assert homes["TrainerModel"] == "blt.huggingface_trainer"
     assert {homes["ByteStreamer"], homes["fast_generate"]} == {"blt.huggingface_generate"}
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         _ = blt.nonesuch
