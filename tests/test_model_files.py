@@ -115,6 +115,12 @@ def test_saving_another_kind_of_model_over_one_leaves_nothing_of_it(tmp_path: Pa
         assert all(path.name.startswith(stem) for path in tmp_path.glob("*.safetensors*"))
 
 
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00009.safetensors.partial").write_bytes(b"half of it")
+    save_model(tmp_path, tiny_config(), *random_models(tiny_config()))
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
 def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(tmp_path: Path) -> None:
     theirs = of_transformers(tmp_path, torch.bfloat16)
     expected = {name: weight.clone() for name, weight in weights_of(theirs).items()}

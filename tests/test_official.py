@@ -154,6 +154,14 @@ def test_what_would_be_another_function_is_refused_by_key_and_value(
     assert "unexpected" not in refused.stderr
 
 
+@pytest.mark.parametrize("content", [{"args": None}, {"args": [1]}, {"args": {}}])
+def test_args_of_another_form_are_refused(content: dict[str, Any], released: Path, blt_command: Blt) -> None:
+    (released / "config.json").write_text(json.dumps(content))
+    refused = blt_command("generate", released, "x")
+    assert refused.code == 1 and str(released / "config.json") in refused.stderr
+    assert "unexpected" not in refused.stderr
+
+
 @pytest.mark.parametrize("file", FILES[2:])
 def test_a_file_that_is_missing_is_named(file: str, released: Path, blt_command: Blt) -> None:
     (released / file).unlink()

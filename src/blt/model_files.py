@@ -167,13 +167,13 @@ def stored_model(folder: Path) -> StoredModel:
     if official.is_official(values):
         return _read_official(folder, values)
     config = huggingface.from_config_json(values, str(folder / "config.json"))
-    names = {huggingface.weight_name(name): name for name in _shapes(config)}
-    expected = {name: _shapes(config)[ours] for name, ours in names.items()}
+    shapes = _shapes(config)
+    expected = {huggingface.weight_name(name): shape for name, shape in shapes.items()}
     found: dict[str, Weight] = {}
     for file in weight_files(folder, OWN_WEIGHTS if inexpressible(config) else WEIGHTS):
         found |= _checked(read_weights(file), expected, file)
     _refuse_missing(expected, found, folder)
-    return StoredModel(config, {ours: found[name] for name, ours in names.items()})
+    return StoredModel(config, {name: found[huggingface.weight_name(name)] for name in shapes})
 
 
 def named_weights(entropy_model: nn.Module | None, network: nn.Module) -> dict[str, Tensor]:
@@ -273,12 +273,16 @@ def write_model(
     with files_together(folder) as path_of:
         names = write_weights(stem, weights, path_of, shard_bytes, written)
         _write_texts(path_of, contents, card_files(card, model.config, inexpressible(model.config)))
-    for one in (WEIGHTS, OWN_WEIGHTS):  # of an earlier model, or of as many files as it had
-        for outdated in (*folder.glob(f"{one}.safetensors"), *folder.glob(f"{one}-*-of-*.safetensors")):
-            if outdated.name not in names:
-                outdated.unlink()
-        if index_name(one) not in names:
-            (folder / index_name(one)).unlink(missing_ok=True)
+    for one in (WEIGHTS, OWN_WEIGHTS):  # of an earlier model, of as many files as it had, or of a save that was killed
+        for pattern in (
+            f"{one}.safetensors",
+            f"{one}-*-of-*.safetensors",
+            index_name(one),
+            f"{one}*.safetensors*.partial",
+        ):
+            for outdated in folder.glob(pattern):
+                if outdated.name not in names:
+                    outdated.unlink()
 
 
 def _write_official(folder: Path, model: StoredModel, card: ModelCard, written: Callable[[int], None]) -> None:

@@ -87,7 +87,7 @@ MULTIPLES = tuple(2**power for power in range(8, -1, -1))  # of feed-forward wid
 
 def is_official(values: Any) -> bool:
     """Whether a config.json is one of this format."""
-    return isinstance(values, dict) and "args" in values and "model_type" not in values
+    return isinstance(values, dict) and "args" in values
 
 
 def weight_name(name: str) -> str:
