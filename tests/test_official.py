@@ -114,6 +114,14 @@ def test_keys_that_change_nothing_and_numbers_written_as_floats_are_read(release
     assert read_model_config(released) == OFFICIAL
 
 
+def test_cross_attention_after_every_encoder_layer_is_refused_where_there_are_several(released: Path) -> None:
+    change(released, "config.json", "args", cross_attn_all_layers_encoder=True)
+    assert read_model_config(released) == OFFICIAL  # of one layer it is the same
+    change(released, "config.json", "args", n_layers_local_encoder=2)
+    with pytest.raises(ValueError, match="cross_attn_all_layers_encoder is True, and only False is supported"):
+        read_model_config(released)
+
+
 def change(folder: Path, file: str, section: str, **values: Any) -> None:
     content = json.loads((folder / file).read_text())
     content[section] |= values

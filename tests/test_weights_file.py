@@ -32,7 +32,7 @@ MIXED = {
     "a": torch.randn(7, generator=torch.Generator().manual_seed(0)).bfloat16(),
     "counts": torch.arange(12, dtype=torch.int16).view(3, 4),
     "c": torch.randn(2, 3, 4).half(),
-    "flags": torch.tensor([True, False]),
+    "flags": torch.tensor([True, False, True]),
     "empty": torch.zeros(0, 4),
 }
 
@@ -55,7 +55,11 @@ def test_safetensors_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -
             assert found[name].dtype == expected.dtype and found[name].equal(expected)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers asks for it
-    assert (8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")) % 64 == 0
+    written = (tmp_path / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(written[:8], "little")
+    assert end % 64 == 0
+    begins = {name: entry["data_offsets"][0] for name, entry in json.loads(written[8:end]).items() if "dtype" in entry}
+    assert not [name for name, begin in begins.items() if begin % MIXED[name].dtype.itemsize]  # aligned, to be mapped
 
 
 def test_weights_beyond_the_limit_are_split_and_an_index_tells_where_each_is(tmp_path: Path) -> None:

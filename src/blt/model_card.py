@@ -23,7 +23,7 @@ class ModelCard:
     license_link: str | None = None
     license_text: str | None = None  # the LICENSE file that came with the model
     source: str | None = None  # hub id of the model that this one was converted or trained from
-    training: str | None = None  # one sentence: on what, how long, where
+    training: str | None = None  # what follows "Trained": on what, how long, where
     figures: tuple[dict[str, Any], ...] = ()  # what evaluation found on each text: its name under "text", and METRICS
 
     @property
@@ -116,7 +116,7 @@ def _shape(config: ModelConfig) -> str:
 
 
 def _origin(card: ModelCard) -> str:
-    lines = [f"Trained: {card.training}\n"] if card.training else []
+    lines = [f"Trained {card.training}.\n"] if card.training else []
     if card.source:
         lines.append(f"From [{card.source}](https://huggingface.co/{card.source}).\n")
     licence = card.license_line

@@ -235,7 +235,7 @@ def convert(
     if options.json:
         print_json({"folder": str(dest), "format": to, "weight_bytes": num_bytes, "seconds": seconds})
     else:
-        print(f"{dest}: {num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s")
+        print(f"{dest}: {num_bytes / 1e6:,.1f} MB of weights in {seconds:.1f} s")
 
 
 def _begin_from_token_model(folder: Path, config: str, overrides: list[str], dest: Path, options: Output) -> None:

@@ -71,9 +71,7 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {  # of "args"; a key that is absen
     "cross_attn_encoder": (True,),
     "cross_attn_decoder": (True,),
     "cross_attn_init_by_pooling": (True,),
-    "cross_attn_all_layers_encoder": (False,),
     "cross_attn_all_layers_decoder": (True,),
-    "downsampling_by_pooling": (None, "max"),
     "use_local_encoder_transformer": (True,),
     "encoder_enable_byte_ngrams": (False,),
     "weight_tying": (False,),
@@ -202,6 +200,8 @@ def from_official(values: dict[str, Any], folder: Path, found: Mapping[str, Weig
         heads = {part: args[f"n_heads_{part}"] for part in ("local_encoder", "local_decoder")}
         for part in heads:  # theirs names one number for both, ours takes that of each part's self-attention
             _refuse_unsupported(args, {"cross_attn_nheads": (heads[part], None)}, f"{origin}: args, for the {part}")
+        if args["n_layers_local_encoder"] > 1:  # after one layer it is the same
+            _refuse_unsupported(args, {"cross_attn_all_layers_encoder": (False,)}, f"{origin}: args")
         _refuse_unsupported(args, {"n_kv_heads": (None, *heads.values())}, f"{origin}: args")
         _refuse_unsupported(args, {"n_kv_heads_global": (None, args["n_heads_global"])}, f"{origin}: args")
         _refuse_unsupported(of_entropy, {"n_kv_heads": (None, of_entropy["n_heads"])}, f"{params_file}: entropy_model")

@@ -32,7 +32,7 @@ from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
-from blt.model_card import with_figures
+from blt.model_card import read_card, with_figures
 from blt.model_files import load_model, write_card
 from blt.optimise import (
     Job,
@@ -96,9 +96,9 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
         def optimise_job(job: Job) -> None:
             optimise(job, train_shard, metrics, reporter, stop_requested)
 
-        network_state, card = run / "state" / "network", first_card(config)
+        network_state = run / "state" / "network"
         if saved_steps(network_state):
-            lm = LanguageModel(*load_model(run / "model", torch.float32), card).to(device)
+            lm = LanguageModel(*load_model(run / "model", torch.float32), read_card(run / "model")).to(device)
         else:
             entropy_model = pretrained
             if entropy_model is None and isinstance(config.model.entropy_model, NgramEntropyModelConfig):
@@ -107,7 +107,7 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
                 entropy_model = _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
             model_config = _calibrated(config, entropy_model, device, train_shard, held_out, scored, metrics, reporter)
             network = first_network(config, model_config)
-            lm = LanguageModel(model_config, entropy_model, network.to(device), card)
+            lm = LanguageModel(model_config, entropy_model, network.to(device), first_card(config))
         if config.lora is not None:
             add_adapters(lm.network, config.lora, config.training.seed)
         optimise_job(_network_job(lm, config, run, held_out, scored, lesson))
@@ -134,7 +134,7 @@ def train_and_report(
 
 
 def _how_it_was_trained(config: RunConfig, device: torch.device) -> str:
-    """One sentence for the model's card; of paths only their last part, as folders may tell more than they should."""
+    """What the model's card says after "Trained"; of paths only their last part, as folders may tell more than they should."""
     names = ", ".join(Path(path).name for path in config.data.paths)
     return (
         f"on {config.training.total_bytes / 1e6:.2f} MB of text ({names}) in rows of {config.training.row_bytes} bytes, "
