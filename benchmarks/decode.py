@@ -303,7 +303,8 @@ def measure_trained(run: Path, data: str, plan: Plan) -> list[Row]:
 def snippets(run: Path, data: str, plan: Plan) -> list[list[int]]:
     """Ids of stretches of documents that the run's own rule holds out of its training, drawn with a seed."""
     from blt.byte_ids import encode
-    from blt.config import CorpusConfig, read_run_config
+    from blt.config import CorpusConfig
+    from blt.config_file import read_run_config
     from blt.corpus import is_held_out
     from blt.documents import read_documents
 

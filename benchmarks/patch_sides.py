@@ -15,7 +15,8 @@ from torch import Tensor
 
 from blt import load
 from blt.byte_ids import BOS, BYTE_OFFSET
-from blt.config import CorpusConfig, NgramEntropyModelConfig, PatchingConfig, read_run_config
+from blt.config import CorpusConfig, NgramEntropyModelConfig, PatchingConfig
+from blt.config_file import read_run_config
 from blt.corpus import is_held_out
 from blt.documents import read_documents
 from blt.language_model import LanguageModel

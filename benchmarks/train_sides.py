@@ -26,9 +26,9 @@ from blt.config import (
     PatchingConfig,
     TrainingConfig,
     TransformerConfig,
-    read_run_config,
     validated,
 )
+from blt.config_file import read_run_config
 from blt.documents import read_documents
 from blt.flops import FlopsPerByte, flops_per_byte, token_model_flops_per_byte
 from blt.language_model import LanguageModel

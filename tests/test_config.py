@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 import blt.config
-from blt.config import Config, RunConfig, preset_names, read_run_config, to_toml
+from blt.config import Config, RunConfig
+from blt.config_file import preset_names, read_run_config, to_toml
 
 SOURCES = Path(blt.config.__file__).parent
 STACK = {"num_layers": 1, "width": 16, "num_heads": 2}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import stop_after
 
-from blt.config import read_run_config
+from blt.config_file import read_run_config
 from blt.corpus import num_rows, open_shard, rows_of
 from blt.language_model import LanguageModel, load
 from blt.optimise import distillation_loss, next_id_loss

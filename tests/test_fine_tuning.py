@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tiny import random_models, random_row, stop_after, tiny_config
 from torch import nn
 
-from blt.config import LORA_TARGETS, LoraConfig, RunConfig, TrainingConfig, read_run_config
+from blt.config import LORA_TARGETS, LoraConfig, RunConfig, TrainingConfig
+from blt.config_file import read_run_config
 from blt.language_model import LanguageModel, load
 from blt.lora import add_adapters, merged
 from blt.model.byte_latent_transformer import ByteLatentTransformer

@@ -11,8 +11,8 @@ from blt.config import (
     NgramEntropyModelConfig,
     PatchingConfig,
     TransformerConfig,
-    read_run_config,
 )
+from blt.config_file import read_run_config
 from blt.flops import (
     cache_bytes_per_byte,
     flops_per_byte,

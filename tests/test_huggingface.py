@@ -31,6 +31,7 @@ from blt.config import (
     ModelConfig,
     NgramEntropyModelConfig,
     PatchingConfig,
+    RopeScalingConfig,
     TransformerConfig,
 )
 from blt.huggingface import OWN_WEIGHTS, WEIGHTS, inexpressible
@@ -80,7 +81,15 @@ MANY_TABLES = tiny_config(
 )
 ALL_PRIMES = tiny_config(hash_embeddings=HashEmbeddingsConfig(ngram_bytes=(6, 1), num_functions=11, table_rows=500))
 SPLIT_AT_3 = tiny_config(patching=PatchingConfig(threshold_nats=5.0, max_patch_bytes=3))
+SCALED = RopeScalingConfig(
+    factor=4.0, high_freq_factor=3.0, original_positions=40
+)  # as Llama 3.1 is, for shorter texts
+SCALED_POSITIONS = tiny_config(
+    local_decoder=local(2, rope_scaling=SCALED, rope_theta=100.0),
+    latent=TransformerConfig(num_layers=2, width=32, num_heads=2, ffn_width=40, rope_theta=1000.0, rope_scaling=SCALED),
+)
 CONFIGS = {
+    "scaled_positions": SCALED_POSITIONS,
     "short_windows": SHORT_WINDOWS,
     "projected": PROJECTED,
     "released_windows": RELEASED_WINDOWS,

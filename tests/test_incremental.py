@@ -14,7 +14,7 @@ from tiny import SHAPE, random_models, threshold_between, tiny_config
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, BYTE_OFFSET, EOS, NEWLINE, VOCAB_SIZE
-from blt.config import EntropyModelConfig, HashEmbeddingsConfig, PatchingConfig, TransformerConfig
+from blt.config import EntropyModelConfig, HashEmbeddingsConfig, PatchingConfig, RopeScalingConfig, TransformerConfig
 from blt.incremental import (
     PREFILL_BLOCK,
     Networks,
@@ -34,6 +34,9 @@ from blt.model.patching import patch_starts
 TOLERANCE = 1e-5
 
 every_rule = pytest.mark.parametrize("rule", ["entropy", "entropy_rise", "space", "fixed"])
+
+
+SCALED = RopeScalingConfig(factor=8.0, original_positions=12)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def draw_case(rule: str, seed: int, lengths: Sequence[int], **changes: object) -
             num_heads=2,
             ffn_width=24,
             window_positions=rng.choice([None, 1, 3, 11]),
+            rope_scaling=SCALED if seed % 3 == 0 else None,
         ),
         local_decoder=TransformerConfig(num_layers=rng.choice([1, 2]), window_positions=rng.choice(windows), **SHAPE),
         slots_per_patch=slots,

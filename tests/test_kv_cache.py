@@ -94,13 +94,13 @@ def attend(cache: KeyValueCache, block: NewBlock, place: Place) -> Tensor:
 def read_block(cache: KeyValueCache, rows: list[int], block: NewBlock) -> Tensor:
     """``attend`` at the place of the block, which turns each position by its own angle."""
     place = cache.place(rows, block.spans, block.queries.shape[3])
-    assert place.rotation.equal(turns(block, cache.theta))
+    assert place.rotation.equal(turns(block, cache.rope[0]))
     return attend(cache, block, place)
 
 
 def read_one_by_one(cache: KeyValueCache, rows: list[int], block: NewBlock) -> Tensor:
     """``read_block``, but position after position; each at its part of the place of them all."""
-    place, rotation, found = cache.place(rows, block.spans, block.queries.shape[3]), turns(block, cache.theta), []
+    place, rotation, found = cache.place(rows, block.spans, block.queries.shape[3]), turns(block, cache.rope[0]), []
     for number in range(block.queries.shape[3]):
         one, piece = place.at(number), (slice(None), slice(None), slice(None), slice(number, number + 1))
         assert one.rotation.equal(rotation[:, :, number : number + 1])

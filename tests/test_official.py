@@ -260,7 +260,7 @@ def test_what_the_official_format_has_no_keys_for_is_refused_and_nothing_is_writ
 
 def test_the_shapes_of_released_models_are_official() -> None:
     for preset in ("blt_1b", "blt_8b"):
-        from blt.config import read_run_config
+        from blt.config_file import read_run_config
 
         assert not_official(read_run_config(preset, ["model.patching.threshold_nats=1.3"]).model) == []
 

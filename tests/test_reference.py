@@ -9,7 +9,8 @@ from tiny import SHAPE, random_models, random_row, tiny_config
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, EOS
-from blt.config import ModelConfig, TransformerConfig, read_run_config
+from blt.config import ModelConfig, TransformerConfig
+from blt.config_file import read_run_config
 from blt.flops import parameter_counts
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel

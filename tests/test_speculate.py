@@ -10,7 +10,8 @@ from naive import RULES, continuations, language_model, networks_of, next_logits
 from torch import Tensor
 
 from blt.byte_ids import BYTE_OFFSET, EOS, encode, incomplete_suffix_length
-from blt.config import PatchingConfig, read_run_config
+from blt.config import PatchingConfig
+from blt.config_file import read_run_config
 from blt.generate import Batch, GenerationStats, Request, start_writer
 from blt.incremental import Networks, State, prefill, start, step
 from blt.language_model import LanguageModel

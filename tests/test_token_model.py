@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, encode
-from blt.config import read_run_config
+from blt.config_file import read_run_config
 from blt.language_model import load
 from blt.model.transformer import Transformer
 from blt.token_model import LATENT, latent_of_token_model
@@ -36,6 +36,14 @@ SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 1234.0, "rope_type": "default"},
     "bos_token_id": 0,
     "eos_token_id": 1,
+}
+LLAMA_31 = {  # with positions that fit the rows below
+    "rope_type": "llama3",
+    "rope_theta": 1234.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
 }
 
 
@@ -76,8 +84,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1},
         {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3},
+        {"rope_parameters": LLAMA_31},
     ],
-    ids=["grouped", "every_head_its_own", "one_for_all", "wide_heads"],
+    ids=["grouped", "every_head_its_own", "one_for_all", "wide_heads", "scaled"],
 )
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
 def test_the_latent_transformer_computes_what_the_token_models_layers_do(
@@ -141,9 +150,12 @@ BROKEN = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "positions": (
         {"rope_parameters": {"rope_theta": 1.0, "rope_type": "yarn"}},
-        "rotary positions are scaled ('yarn')",
+        "rotary positions are scaled as 'yarn'",
     ),
-    "old positions": ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear"}}, "are scaled ('linear')"),
+    "old positions": (
+        {"rope_parameters": None, "rope_theta": 1.0, "rope_scaling": {"type": "linear"}},
+        "are scaled as 'linear'",
+    ),
     "heads": ({"head_dim": 24}, "head_dim is 24"),
     "shapes": ({"intermediate_size": 50}, "does not have the shape"),
     "layers": ({"num_hidden_layers": 3}, "lacks the weight model.layers.2."),

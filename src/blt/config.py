@@ -1,15 +1,7 @@
-"""Every knob of the project: frozen models, read from TOML and written back to it.
+"""Every knob of the project: frozen models. One per part of the network; a part takes its own config and nothing wider."""
 
-One model per part of the network; a part takes its own config and nothing wider. Defaults < file < ``--set``.
-"""
-
-import tomllib
-from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
@@ -31,6 +23,25 @@ def swiglu_width(width: int) -> int:
 C = TypeVar("C", bound=Config)
 
 
+class RopeScalingConfig(Config):
+    """Slower rotary positions for texts longer than a model was first trained on, as Llama 3.1 has them.
+
+    Pairs of numbers that turn fewer than ``low_freq_factor`` times in ``original_positions`` turn ``factor`` times slower,
+    those that turn more than ``high_freq_factor`` times as before, and between the two is a gradual passage.
+    """
+
+    factor: float = Field(ge=1)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_positions: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def low_is_below_high(self) -> "RopeScalingConfig":
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} must be below {self.high_freq_factor}")
+        return self
+
+
 class TransformerConfig(Config):
     """A stack of pre-norm blocks: self-attention with rotary positions, then SwiGLU.
 
@@ -42,6 +53,7 @@ class TransformerConfig(Config):
     num_heads: int = Field(ge=1)
     ffn_width: int = Field(default_factory=lambda data: swiglu_width(data.get("width", 0)), ge=1)
     rope_theta: float = Field(500_000.0, gt=0)
+    rope_scaling: RopeScalingConfig | None = None
     norm_eps: float = Field(1e-5, gt=0)
     window_positions: int | None = Field(None, ge=1)  # keys one query sees, itself included; absent: all before it
 
@@ -348,61 +360,6 @@ class RunConfig(Config):
         return validated(RunConfig, values, "command line")
 
 
-def preset_names() -> list[str]:
-    """The presets that ship with the package, by name."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _preset_folder().iterdir())
-
-
-def read_run_config(source: str | Path, overrides: Iterable[str] = (), init: ModelConfig | None = None) -> RunConfig:
-    """A run config from a TOML file or a preset's name; ``overrides`` are ``section.key=value`` in TOML's notation.
-
-    ``init``: the config of the model that the run goes on from. It is the run's [model]; one that the file has, too, must
-    describe the same networks. What the file says of making an entropy model is left out where that model has one.
-
-    Raises ValueError naming the file and the key, FileNotFoundError for a missing file.
-    """
-    path = Path(source)
-    if not path.is_file():
-        preset = _preset_folder() / f"{source}.toml"
-        if not preset.is_file():
-            raise FileNotFoundError(
-                f"no config file {source}; give a .toml file or a preset: {', '.join(preset_names())}"
-            )
-        content = preset.read_bytes()
-    else:
-        content = path.read_bytes()
-    try:
-        values = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is not TOML: {error}") from None
-    if init is not None:
-        _go_on_from(values, init, str(source))
-    for override in overrides:
-        _apply_override(values, override)
-    if "model" not in values:
-        raise ValueError(f"{source} has no [model]; add one, or name a model to go on from (--init MODEL)")
-    return validated(RunConfig, values, str(source))
-
-
-def _go_on_from(values: dict[str, Any], init: ModelConfig, origin: str) -> None:
-    """Make ``init`` the [model] of a file's values."""
-    described = values.get("model")
-    if described is not None:
-        own = validated(ModelConfig, described, f"{origin}, model")
-        differing = [
-            name for name in NETWORK_SECTIONS if getattr(own, name) != getattr(init, name) and name in described
-        ]
-        if differing:
-            raise ValueError(
-                f"{origin}: model.{differing[0]} is {getattr(own, differing[0])!r}, and that of the model to go on from is "
-                f"{getattr(init, differing[0])!r}; leave [model] out, or take a config without one, such as finetune"
-            )
-    values["model"] = init.model_dump(exclude_none=True)
-    if init.patching.threshold_nats is not None or not init.patching.uses_entropies:
-        for name in ("entropy_training", "pretrained_entropy_model", "entropy_teacher"):
-            values.pop(name, None)
-
-
 def validated(kind: type[C], values: dict[str, Any], origin: str) -> C:
     """``values`` as a config of this kind; a ValueError that names ``origin`` and every key at fault."""
     try:
@@ -419,30 +376,3 @@ def problems(error: ValidationError) -> str:
         unknown = problem["type"] == "extra_forbidden"
         found.append(f"{key}: {'unknown key' if unknown else problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(found)
-
-
-def to_toml(config: Config) -> str:
-    """The config as TOML, absent values left out; ``read_run_config`` reads it back equal."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"--set wants section.key=value, got {override!r}")
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"--set {override}: {section} is not a section")
-    if text.strip().lower() == "none":
-        values.pop(name, None)
-        return
-    try:
-        values[name] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        values[name] = text  # a bare word is a string
-
-
-def _preset_folder() -> Any:
-    return resources.files("blt") / "configs"

@@ -27,17 +27,13 @@ OWN_MODEL_TYPE = "blt-lm"
 WEIGHTS, OWN_WEIGHTS = "model", "blt-lm"  # what the names of their files begin with
 GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
 
-ONLY_SUPPORTED = {  # what released models have and this code computes; a config.json that says otherwise is refused
+ONLY_SUPPORTED: dict[tuple[str, ...], Any] = {  # what released models have and this code computes; a config.json that says otherwise is refused
     ("patching_mode",): "entropy",
     ("patch_in_forward",): True,
     ("tie_word_embeddings",): False,
     ("encoder_config", "cross_attn_all_layers"): False,
     ("decoder_config", "cross_attn_all_layers"): True,
-    **{
-        (f"{part}_config", *key): value
-        for part in ("patcher", "encoder", "decoder", "global")
-        for key, value in ((("hidden_act",), "silu"), (("rope_parameters", "rope_type"), "default"))
-    },
+    **{(f"{part}_config", "hidden_act"): "silu" for part in ("patcher", "encoder", "decoder", "global")},
 }
 
 STACK_KEYS = {  # of patcher_config, encoder_config, decoder_config, global_config
@@ -46,6 +42,13 @@ STACK_KEYS = {  # of patcher_config, encoder_config, decoder_config, global_conf
     "num_heads": "num_attention_heads",
     "ffn_width": "intermediate_size",
     "norm_eps": "rms_norm_eps",
+}
+
+ROPE_SCALING_KEYS = {  # of rope_parameters
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
 }
 
 WEIGHT_NAMES = (  # ours, theirs; the first prefix that fits is replaced, then the names inside a block
@@ -194,6 +197,8 @@ def from_config_json(values: dict[str, Any], origin: str) -> ModelConfig:
         ) from None
     except ValidationError as error:
         raise ValueError(f"{origin}: {problems(error)}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if origin in str(error) else f"{origin}: {error}") from None
 
 
 def _stack_json(config: TransformerConfig, longest: int) -> dict[str, Any]:
@@ -201,13 +206,40 @@ def _stack_json(config: TransformerConfig, longest: int) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for ours, theirs in STACK_KEYS.items()},
         "num_key_value_heads": config.num_heads,
         "head_dim": config.head_dim,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_parameters": rope_json(config),
         "sliding_window": config.window_positions,
         "max_position_embeddings": longest,
     }
 
 
 def _stack_values(values: dict[str, Any], windowed: bool = False) -> dict[str, Any]:
-    rope = values.get("rope_parameters") or values
     window = {"window_positions": values.get("sliding_window", 512)} if windowed else {}
-    return {ours: values[theirs] for ours, theirs in STACK_KEYS.items()} | {"rope_theta": rope["rope_theta"]} | window
+    return {ours: values[theirs] for ours, theirs in STACK_KEYS.items()} | rope_values(values) | window
+
+
+def rope_json(config: TransformerConfig) -> dict[str, Any]:
+    """Rotary positions as transformers describes them."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_theta": config.rope_theta, "rope_type": "default"}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_type": "llama3",
+        **{theirs: getattr(scaling, ours) for ours, theirs in ROPE_SCALING_KEYS.items()},
+    }
+
+
+def rope_values(values: dict[str, Any]) -> dict[str, Any]:
+    """And back, from the config of one stack, as transformers 5 or an older one writes it. Raises ValueError for other kinds.
+
+    >>> rope_values({"rope_theta": 10000.0}), rope_values({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    ({'rope_theta': 10000.0}, {'rope_theta': 500000.0})
+    """
+    rope = values.get("rope_parameters") or {"rope_theta": values["rope_theta"], **(values.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": float(rope["rope_theta"])}
+    if kind != "llama3":
+        raise ValueError(f"rotary positions are scaled as {kind!r}, and only 'llama3' and 'default' are supported")
+    scaling = {ours: rope[theirs] for ours, theirs in ROPE_SCALING_KEYS.items()}
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}

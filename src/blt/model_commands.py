@@ -239,7 +239,7 @@ def convert(
 
 
 def _begin_from_token_model(folder: Path, config: str, overrides: list[str], dest: Path, options: Output) -> None:
-    from blt.config import read_run_config
+    from blt.config_file import read_run_config
     from blt.token_model import RUN_FILE, convert_token_model
 
     made = convert_token_model(folder, read_run_config(config, overrides), dest)
@@ -271,7 +271,7 @@ def flops(
     context_bytes
         Length of the text; default: all that the model can hold.
     """
-    from blt.config import preset_names, read_run_config
+    from blt.config_file import preset_names, read_run_config
     from blt.flops import summary
 
     if Path(config).is_file() or config in preset_names() or config.endswith(".toml"):
@@ -310,7 +310,7 @@ def _load(model: str, options: Options) -> "LanguageModel":
 
 def _trained_row_bytes(model: str) -> int | None:
     """The length of the rows a run was trained on; None for a model that is no run here."""
-    from blt.config import read_run_config
+    from blt.config_file import read_run_config
 
     config_file = Path(model) / "config.toml"
     return read_run_config(config_file).training.row_bytes if config_file.is_file() else None

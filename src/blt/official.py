@@ -247,6 +247,8 @@ def not_official(config: ModelConfig) -> list[str]:
     for key in ("rope_theta", "norm_eps"):
         if len({getattr(part, key) for part in (encoder, decoder, latent)}) > 1:
             reasons.append(f"a {key} of each part's own")
+    if any(getattr(part, "rope_scaling", None) for part in (encoder, decoder, latent, config.entropy_model)):
+        reasons.append("scaled rotary positions")
     if encoder.num_heads != decoder.num_heads:
         reasons.append("different numbers of heads in local encoder and decoder")
     if _multiple_of(encoder, decoder, latent) is None or (

@@ -107,7 +107,7 @@ def draft_limit(networks: Networks, acceptance: float, most: int) -> int:
 
     Compiled networks have the choice between few, as each length of a block is compiled.
 
-    >>> from blt.config import read_run_config
+    >>> from blt.config_file import read_run_config
     >>> networks = Networks(read_run_config("small").model, None, None)
     >>> [draft_limit(networks, acceptance, 16) for acceptance in (0.2, 0.7, 0.9, 0.99)]
     [0, 2, 5, 16]

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blt.checkpoint import write_whole
-from blt.config import RunConfig, TransformerConfig, to_toml, validated
-from blt.huggingface import BLOCK_NAMES
+from blt.config import RunConfig, TransformerConfig, validated
+from blt.config_file import to_toml
+from blt.huggingface import BLOCK_NAMES, rope_values
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import NgramEntropyModel
@@ -73,6 +74,8 @@ def latent_of_token_model(folder: Path) -> tuple[TransformerConfig, dict[str, We
         raise ValueError(f"{config_file} is damaged, it is not JSON ({error}); copy the model again") from None
     except KeyError as error:
         raise ValueError(f"{config_file} lacks the key {error}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(config_file) in str(error) else f"{config_file}: {error}") from None
     stored: dict[str, Weight] = {}
     for file in weight_files(folder, "model"):
         stored |= read_weights(file)
@@ -96,10 +99,6 @@ def _latent_config(values: dict[str, Any], origin: str) -> TransformerConfig:
             raise ValueError(
                 f"{origin}: {key} is {values.get(key)!r}, and only {supported!r} can become a latent transformer"
             )
-    rope = values.get("rope_parameters") or values
-    scaling = rope.get("rope_type") or (values.get("rope_scaling") or {}).get("rope_type") or "default"
-    if scaling != "default":
-        raise ValueError(f"{origin}: rotary positions are scaled ({scaling!r}), and only unscaled ones are supported")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("head_dim") not in (None, width // heads):
         raise ValueError(
@@ -112,7 +111,7 @@ def _latent_config(values: dict[str, Any], origin: str) -> TransformerConfig:
             "width": width,
             "num_heads": heads,
             "ffn_width": values["intermediate_size"],
-            "rope_theta": float(rope.get("rope_theta", 10_000.0)),
+            **rope_values(values),
             "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
         },
         origin,

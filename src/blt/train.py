@@ -13,15 +13,8 @@ from torch import Tensor
 from blt import __version__, corpus
 from blt.byte_ids import BYTE_OFFSET
 from blt.checkpoint import naming_the_place, saved_steps, write_whole
-from blt.config import (
-    EntropyModelConfig,
-    ModelConfig,
-    NgramEntropyModelConfig,
-    RunConfig,
-    TrainingConfig,
-    read_run_config,
-    to_toml,
-)
+from blt.config import EntropyModelConfig, ModelConfig, NgramEntropyModelConfig, RunConfig, TrainingConfig
+from blt.config_file import read_run_config, to_toml
 from blt.documents import Document, read_documents
 from blt.entropy_cache import EntropyCache
 from blt.evaluate import Predictor, Score, evaluate_inputs, score_documents, total_score

@@ -23,7 +23,7 @@ def demo(*, out: Path = Path("runs/demo"), entropy_model: EntropyKind = "ngram",
 
     A demo that was interrupted goes on where it stopped.
     """
-    from blt.config import read_run_config
+    from blt.config_file import read_run_config
     from blt.evaluate import evaluation_line
     from blt.report import patched_text, terminal_lines
 
@@ -90,7 +90,7 @@ def train(
     dry_run
         Show the resolved config, parameters and FLOPs, and train nothing.
     """
-    from blt.config import read_run_config, to_toml
+    from blt.config_file import read_run_config, to_toml
     from blt.evaluate import evaluation_line
     from blt.flops import summary
 
@@ -169,7 +169,8 @@ def entropies(
     device
         auto, cpu, cuda or mps.
     """
-    from blt.config import CorpusConfig, read_run_config, validated
+    from blt.config import CorpusConfig, validated
+    from blt.config_file import read_run_config
     from blt.entropy_scoring import score_corpus
     from blt.language_model import pick_device
 

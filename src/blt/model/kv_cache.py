@@ -65,9 +65,13 @@ class KeyValueCache:
         self.keys_values = torch.zeros(
             config.num_layers, 2, rows, config.num_heads, slots, config.head_dim, device=device, dtype=dtype
         )
-        self.theta = config.rope_theta
-        self.rotation = rotary_rotation(FIRST_SLOTS, config.head_dim, self.theta, device)
+        self.rope = config.rope_theta, config.rope_scaling
+        self.rotation = self._rotation(FIRST_SLOTS, config.head_dim, device)
         self._mark_slots()
+
+    def _rotation(self, num_positions: int, head_dim: int, device: torch.device) -> Rotation:
+        theta, scaling = self.rope
+        return rotary_rotation(num_positions, head_dim, theta, device, scaling)
 
     @property
     def slots(self) -> int:
@@ -76,7 +80,7 @@ class KeyValueCache:
 
     def shares_places_with(self, other: "KeyValueCache") -> bool:
         """Is the place of a block the same in both, given the same spans? Not where each must grow by itself."""
-        mine, its = ((cache.window, cache.theta, cache.rotation.shape[1]) for cache in (self, other))
+        mine, its = ((cache.window, cache.rope, cache.rotation.shape[1]) for cache in (self, other))
         return self.window is not None and mine == its
 
     def place(self, rows: list[int], spans: Sequence[Span], new: int, compiled: bool = False) -> Place:
@@ -177,7 +181,7 @@ class KeyValueCache:
         """Slots and rotary angles for this many positions."""
         if len(self.rotation) < positions:
             twice = max(positions, 2 * len(self.rotation))
-            self.rotation = rotary_rotation(twice, 2 * self.rotation.shape[1], self.theta, self.rotation.device)
+            self.rotation = self._rotation(twice, 2 * self.rotation.shape[1], self.rotation.device)
         if self.window is None and self.slots < positions:
             old = self.keys_values
             slots = max(positions, self.slots + self.slots // 4)

@@ -124,7 +124,8 @@ class Transformer(nn.Module):
     ) -> tuple[Rotation, Reach]:
         """What every layer of the stack shares: rotary rotation, and which positions each may read."""
         config, window = self.config, self.config.window_positions
-        rotation = rotary_rotation(documents.shape[1], config.head_dim, config.rope_theta, documents.device)
+        theta, scaling = config.rope_theta, config.rope_scaling
+        rotation = rotary_rotation(documents.shape[1], config.head_dim, theta, documents.device, scaling)
         return rotation if positions is None else rotation[positions], positions_in_reach(documents, window)
 
 
