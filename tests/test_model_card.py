@@ -67,6 +67,16 @@ def test_a_trained_model_has_the_figures_of_its_evaluation_and_claims_no_licence
     assert str(model.parents[1]) not in text  # paths may tell more than they should
 
 
+def test_the_licence_of_an_entropy_model_that_was_taken_is_said(
+    trained_run: Path, tiny_toml: Path, blt_command: Any, tmp_path: Path
+) -> None:
+    (trained_run / "model" / "LICENSE").write_text("Theirs alone")
+    options = ["--set", f'pretrained_entropy_model="{trained_run}"', "--set", "entropy_training=none"]
+    assert blt_command("train", tiny_toml, *options, "--out", tmp_path / "second").code == 0
+    training = read_card(tmp_path / "second" / "model").training
+    assert training is not None and training.endswith("with the entropy model of run (its licence: Theirs alone)")
+
+
 def test_the_front_matter_is_the_hubs(tmp_path: Path) -> None:
     front = metadata_load(save(tmp_path, FULL) / "README.md")
     assert front is not None

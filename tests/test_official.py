@@ -79,26 +79,37 @@ def test_a_converted_model_is_transformers_own_and_writes_the_same_logits(releas
     torch.testing.assert_close(logits_of(released)[:, :-1], logits[:, :-1], atol=1e-5, rtol=0)
 
 
-def test_the_names_of_the_weights_are_the_official_ones(released: Path) -> None:
-    names = load_file(released / "model.safetensors").keys()
-    assert {
-        "local_encoder.tok_embeddings.weight",
-        *(f"encoder_hash_tok_embedding.{table}.weight" for table in range(4)),
-        "local_encoder.layers.0.attention.wq.weight",
-        "local_encoder.layers.0.attention_norm.weight",
-        "local_encoder.cross_attn_layers.0.cross_attn_norm_q.weight",
-        "local_encoder.patch_embedding_projection.weight",
-        "global_transformer.token_embedding_projection.weight",
-        "global_transformer.layers.1.feed_forward.w2.weight",
-        "local_decoder.cross_attn_layers.1.wo.weight",
-        "local_decoder.norm.weight",
-        "local_decoder.output.weight",
-    } <= names
-    weights = torch.load(released / "entropy_model" / "consolidated.pth", weights_only=True)
-    assert weights.keys() == {"model"}
-    assert {"tok_embeddings.weight", "layers.1.ffn_norm.weight", "norm.weight", "output.weight"} <= weights[
-        "model"
-    ].keys()
+TRANSLATED = {  # official -> Hugging Face, of what both name within a part
+    **{f".attention.w{letter}.": f".self_attn.{letter}_proj." for letter in "qkvo"},
+    **{f".w{letter}.": f".{letter}_proj." for letter in "qkvo"},
+    ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w3.": ".mlp.up_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.",
+    ".attention_norm.": ".input_layernorm.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+    ".cross_attn_norm_q.": ".q_norm.",
+    ".cross_attn_norm_kv.": ".k_norm.",
+    ".tok_embeddings.": ".embed_tokens.",
+    ".patcher.output.": ".patcher.lm_head.",
+    "model.local_decoder.output.": "lm_head.",
+}
+
+
+def test_every_weight_has_its_official_name(released: Path) -> None:
+    theirs = {f"model.{name}": weight for name, weight in load_file(released / "model.safetensors").items()}
+    entropy_model = torch.load(released / "entropy_model" / "consolidated.pth", weights_only=True)
+    assert entropy_model.keys() == {"model"}
+    theirs |= {f"model.patcher.{name}": weight for name, weight in entropy_model["model"].items()}
+    tables = [theirs.pop(f"model.encoder_hash_tok_embedding.{table}.weight") for table in range(4)]
+    translated = {"model.encoder_hash_tok_embedding.weight": torch.cat(tables)}
+    for name, weight in theirs.items():
+        for official, huggingface in TRANSLATED.items():
+            name = name.replace(official, huggingface)
+        translated[name] = weight
+    ours = load_file(released.parent / "ours" / "model.safetensors")
+    assert translated.keys() == ours.keys()
+    assert all(translated[name].equal(ours[name]) for name in ours)
+    assert "model.global_transformer.token_embedding_projection.weight" in ours
 
 
 def test_hash_tables_are_the_rows_of_our_one_table_in_order(released: Path) -> None:

@@ -128,10 +128,15 @@ def train_and_report(
 
 def _how_it_was_trained(config: RunConfig, device: torch.device) -> str:
     """What the model's card says after "Trained"; of paths only their last part, as folders may tell more than they should."""
-    names = ", ".join(Path(path).name for path in config.data.paths)
+    names, taken = ", ".join(Path(path).name for path in config.data.paths), config.pretrained_entropy_model
+    entropy_model = ""
+    if taken is not None:
+        licence = read_card(model_folder(taken)).license_line or "none given"
+        name = Path(taken).name if Path(taken).exists() else taken
+        entropy_model = f", with the entropy model of {name} (its licence: {licence})"
     return (
         f"on {config.training.total_bytes / 1e6:.2f} MB of text ({names}) in rows of {config.training.row_bytes} bytes, "
-        f"by blt {__version__} with torch {torch.__version__} on {device.type}"
+        f"by blt {__version__} with torch {torch.__version__} on {device.type}{entropy_model}"
     )
 
 

@@ -61,7 +61,7 @@ class _SummedRows(torch.autograd.Function):
         ctx: Any, table: Float[Tensor, "row width"], bags: Int[Tensor, "bag size"], in_fp32: bool
     ) -> Float[Tensor, "bag width"]:
         ctx.save_for_backward(bags)
-        ctx.shape, ctx.dtype = table.shape, table.dtype
+        ctx.shape = table.shape
         if in_fp32:  # one table after the other, so that no more than the sum is as large as the row of bytes
             sums = F.embedding(bags[:, 0], table).float()
             for column in bags[:, 1:].unbind(1):
@@ -72,7 +72,7 @@ class _SummedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Float[Tensor, "bag width"]) -> tuple[Tensor, None, None]:
         (bags,) = ctx.saved_tensors
-        return sums_by_row(bags, gradients[0].to(ctx.dtype), ctx.shape), None, None
+        return sums_by_row(bags, gradients[0], ctx.shape), None, None
 
 
 def sums_by_row(
