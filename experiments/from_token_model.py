@@ -81,6 +81,9 @@ def run_contender(
 
 def token_model_bits(llama: Path, unseen: str) -> float:
     """Bits per byte of the Llama on the unseen text: total bits over total bytes, documents cut into stretches."""
+    scored = llama / "unseen.json"
+    if scored.exists():
+        return float(json.loads(scored.read_text())[unseen])
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
@@ -100,7 +103,9 @@ def token_model_bits(llama: Path, unseen: str) -> float:
                 new = min(128, len(tokens) - 1 - begin)
                 logits = model(input_ids=stretch[:, :-1], use_cache=False).logits[0, -new:]
                 nats += float(torch.nn.functional.cross_entropy(logits, stretch[0, -new:], reduction="sum"))
-    return nats / num_bytes / math.log(2)
+    bits_per_byte = nats / num_bytes / math.log(2)
+    scored.write_text(json.dumps({unseen: bits_per_byte}) + "\n")
+    return bits_per_byte
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -19,7 +19,7 @@ from blt.config_file import read_run_config
 from blt.language_model import load
 from blt.model.transformer import Transformer
 from blt.token_model import LATENT, latent_of_token_model
-from blt.token_teacher import TokenTeacher, Vocabulary, load_token_teacher, taught_loss
+from blt.token_teacher import Lesson, TokenTeacher, Vocabulary, load_token_teacher, taught_loss
 from blt.tokenizer_files import byte_letters
 
 disable_progress_bar()
@@ -281,6 +281,18 @@ def test_taught_loss_is_that_of_the_text_where_nobody_teaches() -> None:
     assert taught_loss(logits, taught, none, targets) == pytest.approx(float(of_text.sum()))
     even = -logits[0, 0].log_softmax(0).mean()
     assert taught_loss(logits, taught, one, targets) == pytest.approx(float(even + of_text[1]))
+
+
+def test_the_teachers_work_is_counted(llama: Path) -> None:
+    teacher = load_token_teacher(llama, CPU)
+    lesson, ids = Lesson(teacher, 0.5), torch.tensor([encode("that hat")])
+    lesson.objective(torch.zeros(1, 9, 260), ids, ids, torch.tensor(1.0))
+    matrices = sum(weight.numel() for name, weight in teacher.model.named_parameters() if "norm" not in name)
+    matrices -= teacher.model.get_input_embeddings().weight.numel()
+    tokens = teacher.tokenizer.encode("that hat", add_special_tokens=False).ids
+    assert (
+        2 * matrices * len(tokens) / 8 < lesson.flops_per_byte < 2 * matrices
+    )  # with the alternatives, less than one a byte
 
 
 def test_a_taught_network_comes_closer_to_its_teacher(

@@ -1,11 +1,9 @@
 """A run's config -> what the run begins from: network and card of a model, an entropy model, a teacher, scored entropies."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from blt.config import NETWORK_SECTIONS, ModelConfig, RunConfig
 from blt.entropy_cache import EntropyCache, open_entropies
@@ -17,11 +15,7 @@ from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.transformer import initialise
 from blt.model_card import ModelCard
 from blt.model_files import load_entropy_model, load_model, read_model_config
-from blt.shapes import ByteIds, Logits
-
-Lesson = Callable[
-    [Logits, ByteIds, ByteIds, Tensor], Tensor
-]  # logits, inputs, targets, nats of the text -> the objective
+from blt.token_teacher import Lesson, load_token_teacher
 
 
 def check_beginning(config: RunConfig) -> None:
@@ -105,18 +99,7 @@ def entropy_teacher(config: RunConfig, device: torch.device) -> EntropyModel | N
 
 
 def token_lesson(config: RunConfig, device: torch.device) -> Lesson | None:
-    """What the network minimises where a token model teaches it, if the config names one: a part of its loss on the text, and
-    for the rest its cross-entropy with what the teacher expects of the next byte. Raises as ``load_token_teacher``.
-    """
+    """What a token model teaches this run's network, if the config names one. Raises as ``load_token_teacher``."""
     if config.token_teacher is None:
         return None
-    from blt.token_teacher import load_token_teacher, taught_loss  # they wait for transformers
-
-    teacher, weight = load_token_teacher(config.token_teacher.folder, device), config.token_teacher.weight
-
-    def lesson(logits: Logits, inputs: ByteIds, targets: ByteIds, nats: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):
-            expected, is_taught = teacher.next_bytes(inputs)
-        return (1 - weight) * nats + weight * taught_loss(logits, expected, is_taught, targets)
-
-    return lesson
+    return Lesson(load_token_teacher(config.token_teacher.folder, device), config.token_teacher.weight)

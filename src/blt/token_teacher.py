@@ -10,6 +10,7 @@ the sum is divided by the probability of what is not left out.
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ class TokenTeacher:
         self.model, self.tokenizer, self.vocabulary = model, tokenizer, vocabulary
         self.bos, self.eos = bos, eos
         self.order = torch.tensor(vocabulary.order)
+        self.read_bytes, self.read_tokens = 0, 0  # so far, tokens that were read as alternatives included
 
     @torch.no_grad()
     def next_bytes(self, inputs: ByteIds) -> tuple[ByteProbabilities, IsTaught]:
@@ -149,6 +151,8 @@ class TokenTeacher:
         ``ending``: such another token, and the number of the one in whose place it stands. All are read in one pass: the others
         stand behind the text, each at the position that it takes, and read what is before it there and nothing else.
         """
+        self.read_bytes += sum(len(self.vocabulary.bytes_of[token]) for token in tokens)
+        self.read_tokens += len(tokens) + len(ending)
         row = ([] if self.bos is None else [self.bos]) + tokens
         offset = len(row) - len(tokens)
         main, total = len(row), len(row) + len(ending)
@@ -168,6 +172,26 @@ class TokenTeacher:
         ).logits[0]
         probabilities = logits.double().softmax(-1).cpu()
         return probabilities[:main], probabilities[main:]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a network minimises where a teacher has a share in it."""
+
+    teacher: TokenTeacher
+    weight: float
+
+    def objective(self, logits: Logits, inputs: ByteIds, targets: ByteIds, nats: Tensor) -> Tensor:
+        """A part of the nats of the text, and for the rest the cross-entropy with what the teacher expects."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            expected, is_taught = self.teacher.next_bytes(inputs)
+        return (1 - self.weight) * nats + self.weight * taught_loss(logits, expected, is_taught, targets)
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Of the teacher, as far as it has read: two for each weight of its matrices and token that it reads."""
+        matrices = sum(part.weight.numel() for part in self.teacher.model.modules() if isinstance(part, nn.Linear))
+        return 2 * matrices * self.teacher.read_tokens / max(1, self.teacher.read_bytes)
 
 
 def taught_loss(logits: Logits, taught: ByteProbabilities, is_taught: IsTaught, targets: ByteIds) -> Tensor:

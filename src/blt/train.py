@@ -19,7 +19,7 @@ from blt.documents import Document, read_documents
 from blt.entropy_cache import EntropyCache
 from blt.evaluate import Predictor, Score, evaluate_inputs, score_documents, total_score
 from blt.flops import entropy_model_flops, flops_per_byte
-from blt.language_model import LanguageModel
+from blt.language_model import LanguageModel, model_folder
 from blt.lora import add_adapters, merged
 from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
@@ -41,7 +41,6 @@ from blt.progress import Reporter
 from blt.report import can_draw, patched_text, write_report
 from blt.shapes import ByteIds, Entropies, PatchStarts
 from blt.starting_points import (
-    Lesson,
     check_beginning,
     entropy_teacher,
     first_card,
@@ -50,6 +49,7 @@ from blt.starting_points import (
     scored_entropies,
     token_lesson,
 )
+from blt.token_teacher import Lesson
 
 ENTROPY_MODEL, NETWORK = "entropy model", "network"
 SAMPLE_BYTES = 120
@@ -303,7 +303,7 @@ def _network_job(
         patches = int((starts[:, :-1] & (inputs >= BYTE_OFFSET)).sum())
         logits = lm.network(inputs, starts)
         nats = next_id_loss(logits, targets)
-        return Loss(nats if lesson is None else lesson(logits, inputs, targets, nats), nats, patches)
+        return Loss(nats if lesson is None else lesson.objective(logits, inputs, targets, nats), nats, patches)
 
     def evaluate() -> dict[str, Any]:
         lm.network.eval()
@@ -316,7 +316,8 @@ def _network_job(
 
     def flops(mean_patch: float) -> float:
         counted = flops_per_byte(lm.config, mean_patch, training.row_bytes)
-        return counted.training if scored is None else counted.training - counted.entropy_model
+        spared = 0.0 if scored is None else counted.entropy_model
+        return counted.training - spared + (0.0 if lesson is None else lesson.flops_per_byte)
 
     def save() -> None:
         LanguageModel(lm.config, lm.entropy_model, merged(lm.network), lm.card).save(run / "model")
