@@ -24,8 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 import blt
 from blt import huggingface_generate
 from blt.byte_ids import EOS, encode
-from blt.huggingface import HF_PAD, save_model
+from blt.huggingface import HF_PAD
 from blt.huggingface_generate import ByteStreamer, fast_generate, networks_of
+from blt.model_files import save_model
 from blt.speculate import Round, advance
 
 disable_progress_bar()
