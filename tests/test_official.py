@@ -150,7 +150,6 @@ def change(folder: Path, file: str, section: str, **values: Any) -> None:
         ("config.json", "args", "cross_attn_nheads", 5, "for the local_encoder: cross_attn_nheads is 5, and only 2"),
         ("config.json", "args", "n_kv_heads_global", 1, "n_kv_heads_global is 1"),
         ("config.json", "args", "vocab_size", 256, "vocab_size is 256, and only 260"),
-        ("config.json", "args", "rope_theta", "absent", "lack the key 'rope_theta'"),
         ("config.json", "args", "dim_global", "wide", "width: Input should be a valid integer"),
         ("config.json", "args", "cross_attn_k", None, "slots_per_patch"),
         ("config.json", "args", "encoder_hash_byte_group_size", 3, "of another kind"),
@@ -161,7 +160,6 @@ def change(folder: Path, file: str, section: str, **values: Any) -> None:
         ("entropy_model/params.json", "data", "patcher_args", {"threshold": 1.0, "monotonicity": True}, "monotonicity"),
         ("entropy_model/params.json", "data", "patcher_args", {"threshold": "high"}, "threshold_nats: "),
         ("entropy_model/params.json", "entropy_model", "n_heads", "absent", "lack the key 'n_heads'"),
-        ("entropy_model/params.json", "entropy_model", "weight_tying", True, "weight_tying is True"),
     ],
 )
 def test_what_would_be_another_function_is_refused_by_key_and_value(

@@ -27,9 +27,8 @@ OWN_MODEL_TYPE = "blt-lm"
 WEIGHTS, OWN_WEIGHTS = "model", "blt-lm"  # what the names of their files begin with
 GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": HF_PAD, "use_cache": False}
 
-ONLY_SUPPORTED: dict[
-    tuple[str, ...], Any
-] = {  # what released models have and this code computes; a config.json that says otherwise is refused
+# what released models have and this code computes; a config.json that says otherwise is refused
+ONLY_SUPPORTED: dict[tuple[str, ...], Any] = {
     ("patching_mode",): "entropy",
     ("patch_in_forward",): True,
     ("tie_word_embeddings",): False,

@@ -62,23 +62,11 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {  # of "args"; a key that is absen
     "patching_threshold_add": (None, 0),
     "monotonicity": (False,),
     "pm_size": (None, 0),
-    "use_rope": (True,),
-    "norm_type": ("rmsnorm",),
-    "pre_norm": (True,),
-    "norm_affine": (True,),
-    "non_linearity": ("swiglu",),
     "hidden_act": ("silu",),
-    "cross_attn_encoder": (True,),
-    "cross_attn_decoder": (True,),
-    "cross_attn_init_by_pooling": (True,),
     "cross_attn_all_layers_decoder": (True,),
-    "use_local_encoder_transformer": (True,),
-    "encoder_enable_byte_ngrams": (False,),
-    "weight_tying": (False,),
-    "tie_local_encoder_decoder_logits": (False,),
 }
 ONLY_SUPPORTED_OF_PATCHER: dict[str, tuple[Any, ...]] = {"threshold_add": (None, 0), "monotonicity": (None, False)}
-ONLY_SUPPORTED_OF_ENTROPY_MODEL: dict[str, tuple[Any, ...]] = {"vocab_size": (VOCAB_SIZE,), "weight_tying": (False,)}
+ONLY_SUPPORTED_OF_ENTROPY_MODEL: dict[str, tuple[Any, ...]] = {"vocab_size": (VOCAB_SIZE,)}
 WINDOW = 512  # of the local networks and the entropy model, where the keys do not say it
 MULTIPLES = tuple(2**power for power in range(8, -1, -1))  # of feed-forward widths; the released models': 256
 
@@ -274,12 +262,8 @@ def to_official(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "local_attention_window_len": config.local_encoder.window_positions,
         "cross_attn_k": config.slots_per_patch,
         "cross_attn_nheads": config.local_encoder.num_heads,
-        "cross_attn_encoder": True,
-        "cross_attn_decoder": True,
-        "cross_attn_init_by_pooling": True,
         "cross_attn_all_layers_encoder": False,
         "cross_attn_all_layers_decoder": True,
-        "use_local_encoder_transformer": True,
         "encoder_hash_byte_group_size": list(hashes.ngram_bytes),
         "encoder_hash_byte_group_vocab": hashes.table_rows,
         "encoder_hash_byte_group_nb_functions": hashes.num_functions,
@@ -313,7 +297,7 @@ def _stack(args: dict[str, Any], part: str, found: Mapping[str, Weight], window:
         width=_whole(args[f"dim_{part}"]),
         num_heads=_whole(args[f"n_heads_{part}"]),
         ffn_width=_ffn_width(found, "global_transformer." if part == "global" else f"{part}."),
-        rope_theta=args["rope_theta"],
+        rope_theta=args.get("rope_theta", 500_000.0),
         norm_eps=args.get("norm_eps", 1e-5),
         window_positions=_whole(window),
     )
