@@ -32,6 +32,7 @@ _WITH_TENSORS = (
         "incremental",
     ),
     *(
+        "continuations",
         "language_model",
         "model",
         "optimise",

@@ -60,3 +60,18 @@ def print_flops(counted: dict[str, Any]) -> None:
     console = Console()
     for table in tables(counted):
         console.print(table)
+
+
+def print_tasks(figures: dict[str, dict[str, float]]) -> None:
+    """The figures of tasks, a row each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = [*dict.fromkeys(metric for of_task in figures.values() for metric in of_task if metric != "documents")]
+    table = Table("task", box=None)
+    for heading in (*metrics, "documents"):
+        table.add_column(heading, justify="right")
+    for name, of_task in figures.items():
+        shown = [f"{of_task[metric]:.4g}" if metric in of_task else "" for metric in metrics]
+        table.add_row(name, *shown, f"{of_task.get('documents', 0):,}")
+    Console().print(table)

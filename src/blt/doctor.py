@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-EXTRAS = {"plot": "matplotlib"}
+EXTRAS = {"plot": "matplotlib", "eval": "lm_eval"}
 NEEDED_PYTHON = (3, 11)
 NEEDED_DISK_GB = 2
 

@@ -86,7 +86,7 @@ def _documents_of_file(path: Path, raw: bool, text_only: bool) -> Iterator[Docum
     if text_only and kind in _NOT_TEXT:
         return
     try:
-        with _open_stream(path, compression) as stream:
+        with open_stream(path, compression) as stream:
             if kind == ".jsonl":
                 yield from _jsonl_documents(path, stream)
             elif kind == ".parquet":  # its reader jumps about, which compressed streams do badly
@@ -101,7 +101,8 @@ def _documents_of_file(path: Path, raw: bool, text_only: bool) -> Iterator[Docum
         raise ValueError(f"{path} is damaged, or not what its name says: {error}; replace it or leave it out") from None
 
 
-def _open_stream(path: Path, compression: str) -> io.BufferedIOBase:
+def open_stream(path: Path, compression: str) -> io.BufferedIOBase:
+    """A file's bytes, or what its compression (.gz, .xz, .zst, or none: "") holds."""
     if compression == ".gz":
         return gzip.open(path)
     if compression == ".xz":

@@ -7,6 +7,7 @@ transformer runs for the patches that the block closes and for nothing else.
 
 import functools
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -138,12 +139,14 @@ class State:
         self.newest_slots = [(keys[order], values[order]) for keys, values in self.newest_slots]
 
     def append(self, other: "State") -> None:
-        """Take in the one row of another state of the same networks as the last."""
+        """Take in a copy of the first row of another state of the same networks, or of this one, as the last."""
         for cache, joining in zip(self.caches, other.caches, strict=True):
             cache.append(joining, len(self.rows))
-        self.rows += other.rows
+        row = copy(other.rows[0])
+        row.ids, row.open_states = list(row.ids), list(row.open_states)
+        self.rows.append(row)
         self.newest_slots = [
-            (torch.cat([keys, more_keys]), torch.cat([values, more_values]))
+            (torch.cat([keys, more_keys[:1]]), torch.cat([values, more_values[:1]]))
             for (keys, values), (more_keys, more_values) in zip(self.newest_slots, other.newest_slots, strict=True)
         ]
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from blt.command_options import FROM_STDIN, Options, Output, Paths, print_flops, print_json, reporter_for
+from blt.command_options import FROM_STDIN, Options, Output, Paths, print_flops, print_json, print_tasks, reporter_for
 
 if TYPE_CHECKING:
     from blt.language_model import LanguageModel
+    from blt.progress import Reporter
 
 SECONDS_PER_REPORT = 3.0
 
@@ -22,49 +23,86 @@ def evaluate(
     data: Paths = None,
     raw: Annotated[bool, Parameter(negative=())] = False,
     window_bytes: int | None = None,
+    tasks: Paths = None,
+    task_data: Path | None = None,
+    include_path: Path | None = None,
+    few_shot: int | None = None,
+    limit: int | None = None,
     options: Options = Options(),
 ) -> None:
-    """Bits per byte over whole files, patch statistics, and gzip -9 and xz -9e on the same bytes.
+    """Bits per byte over whole files, patch statistics, and gzip -9 and xz -9e on the same bytes; tasks of lm-eval.
 
     Parameters
     ----------
     model
         A run folder, a folder in Hugging Face's blt format or the official release format, or a hub id.
     data
-        Files and folders, or stdlib. Default: the documents that the run held out.
+        Files and folders, or stdlib. Default: the documents that the run held out, unless there are tasks.
     raw
         Take every file as one document of bytes.
     window_bytes
         Length of the overlapping windows; default: the rows the run trained on, else at most 4096.
+    tasks
+        lm-eval's tasks and groups, YAML files of such, or ours: cute, hellaswag_noised, g2p, ... (docs/design.md).
+    task_data
+        Where our tasks find their benchmark's files: a folder, an archive, a file.
+    include_path
+        A folder with YAML files of more tasks.
+    few_shot
+        How many solved examples stand before each question; default: as the task says.
+    limit
+        Only so many documents of each task.
     """
-    from blt import corpus
-    from blt.documents import read_documents
-    from blt.evaluate import evaluate_inputs, evaluation_line
+    from blt.evaluate import evaluation_line
     from blt.processor import multiply_fast_in_fp32
 
     if window_bytes is not None and window_bytes < 2:
         raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
     multiply_fast_in_fp32()
     lm = _load(model, options)
-    if data is None:
-        if not (Path(model) / "corpus").is_dir():
-            raise ValueError(f"{model} has no held-out documents of its own; give some with --data")
-        shard = corpus.open_shard(Path(model) / "corpus", "held_out")
-        inputs = {"held out": list(shard.documents())}
-    else:
-        inputs = {path: list(read_documents([path], raw)) for path in data}
     window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
+    figures: dict[str, Any] = {}
     with reporter_for(options) as reporter:
-        figures = evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
+        if data is not None or not tasks:
+            figures = _bits_per_byte(lm, model, data, raw, window, reporter)
+        if tasks:
+            try:
+                from blt.harness import HarnessModel, evaluate_tasks
+            except ImportError as error:
+                raise ValueError(
+                    f"tasks need lm-eval ({error}): pip install 'blt-lm[eval]' -c constraints.txt"
+                ) from None
+            asked = HarnessModel(lm, window, reporter, options.seed or 0)
+            figures["tasks"] = evaluate_tasks(asked, tasks, task_data, include_path, few_shot, limit)
     if options.json:
         print_json(figures)
         return
-    for name, of_input in figures["files"].items():
+    for name, of_input in figures.get("files", {}).items():
         print(f"{name}: {of_input['bytes']:,} bytes, {evaluation_line(of_input)}")
-    if figures["empty_documents_skipped"]:
+    if figures.get("empty_documents_skipped"):
         print(f"{figures['empty_documents_skipped']} empty documents skipped")
-    if len(figures["files"]) > 1:
+    if len(figures.get("files", {})) > 1:
         print(f"all: {figures['bytes']:,} bytes, {evaluation_line(figures)}")
+    if tasks:
+        print_tasks(figures["tasks"])
+
+
+def _bits_per_byte(
+    lm: "LanguageModel", model: str, data: list[str] | None, raw: bool, window: int, reporter: "Reporter"
+) -> dict[str, Any]:
+    """What the model makes of the given inputs, or of what its run held out."""
+    from blt import corpus
+    from blt.documents import read_documents
+    from blt.evaluate import evaluate_inputs
+
+    if data is not None:
+        inputs = {path: list(read_documents([path], raw)) for path in data}
+    elif (Path(model) / "corpus").is_dir():
+        shard = corpus.open_shard(Path(model) / "corpus", "held_out")
+        inputs = {"held out": list(shard.documents())}
+    else:
+        raise ValueError(f"{model} has no held-out documents of its own; give some with --data")
+    return evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
 
 
 def generate(
