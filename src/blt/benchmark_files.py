@@ -27,10 +27,10 @@ def find_files(root: Path, pattern: str, holding: bytes = b"") -> dict[str, byte
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
     plain = {path: _uncompressed_name(path) for path in files if path not in archives}
-    found = {str(path): _content(path) for path, name in plain.items() if matches(str(path.with_name(name)), pattern)}
-    if not found:
-        for archive in archives:
-            found |= {f"{archive}/{name}": data for name, data in _members(archive, pattern)}
+    chosen = [path for path, name in plain.items() if matches(str(path.with_name(name)), pattern)]
+    found = {str(path): data for path in chosen if holding in (data := _content(path))}
+    for archive in () if found else archives:
+        found |= {f"{archive}/{name}": data for name, data in _members(archive, pattern) if holding in data}
     return dict(sorted(found.items()))
 
 

@@ -20,7 +20,7 @@ from blt.model.kv_cache import SPARE_SLOTS
 from blt.sampling import NEVER_EMITTED
 
 BATCH_IDS = 8192  # positions of whole rows in one batch
-LEAST_SAVING = 2.0  # the caches are taken where whole rows would read so many times the positions (docs/log.md)
+LEAST_SAVING = 3.0  # the caches are taken where whole rows would read so many times the positions (docs/log.md)
 
 Judgement = tuple[Float[Tensor, "row new"], Bool[Tensor, "row new"]]  # nats, the greedy choice?; on the CPU
 
@@ -76,8 +76,9 @@ def score_continuations(
 ) -> list[Continuation]:
     """Every pair of context and continuation, scored; an empty context is BOS alone. ``on_scored`` hears how many were.
 
-    A position on the caches costs more than one of a long row, so contexts are shared only where that saves at least a
-    factor of ``least_saving`` in positions. Raises ValueError for a continuation beyond the model's limit.
+    A position on the caches costs about three times one of a whole row, as it is read in shorter blocks of fewer rows; so
+    contexts are shared only where that saves at least a factor of ``least_saving`` in positions, as with few-shot prompts.
+    Raises ValueError for a continuation beyond the model's limit.
     """
     found = [cut_to_fit(context, continuation, lm.config.max_bytes) for context, continuation in pairs]
     sharing: dict[tuple[int, ...], list[Continuation]] = defaultdict(list)

@@ -158,15 +158,19 @@ def evaluate_tasks(
         loaded = TaskManager(include_defaults=False).load([one for some in found for one in some])
         for task in loaded["tasks"].values():
             if few_shot is not None and task.get_config("num_fewshot") != 0:  # 0: the task has no place for any
-                task.set_config("num_fewshot", few_shot)
+                _set_few_shot(task, few_shot)
             task.set_fewshot_seed(FEW_SHOT_SEED)
-        try:
-            results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-        except AssertionError as error:  # which is how lm-eval's samplers refuse
-            if "fewshot" not in str(error):
-                raise
-            raise ValueError(f"few_shot {few_shot} is too many: {error}") from None
+        results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return {name: _figures(of_task) for name, of_task in results["results"].items()}
+
+
+def _set_few_shot(task: Task, few_shot: int) -> None:
+    """So many solved examples before each question; ValueError where the task has fewer."""
+    from_questions = task.fewshot_cfg.split == task.config.test_split  # then never the question itself
+    available = len(task.sampler.df) - from_questions
+    if few_shot > available:
+        raise ValueError(f"few_shot {few_shot} is more than the {available} examples that {task.task_name} can show")
+    task.set_config("num_fewshot", few_shot)
 
 
 def _figures(of_task: Mapping[str, Any]) -> dict[str, float]:
@@ -220,7 +224,9 @@ def _built(name: str, task: Config | Members) -> Task | Group:
         for member_name, member in task.tasks.items():
             group.add(_built(member_name, member))
         return group
-    return ConfigurableTask(config={"task": name, "test_split": "test", "metadata": {"version": 1}, **task})
+    return ConfigurableTask(
+        config={"task": name, "test_split": "test", "metadata": {"name": name, "version": 1}, **task}
+    )
 
 
 @contextlib.contextmanager

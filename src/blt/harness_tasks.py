@@ -74,7 +74,7 @@ def read_hellaswag(folder: BenchmarkFolder) -> Tree:
                 "gold": int(row["label"]),
                 "seed": number,
             }
-            for number, row in enumerate(json_lines(path, data))
+            for number, row in enumerate(json_lines(path, data, "activity_label", "ctx_a", "ctx_b", "endings", "label"))
         ]
 
     def noised(noise: str, place: str) -> Config:
@@ -113,9 +113,7 @@ def _hellaswag_text(text: str) -> str:
 def read_arc(folder: BenchmarkFolder, difficulty: str) -> Tree:
     """The test questions; those of the validation file, where there is one, are the few shots."""
     path, data = folder.first(f"arc[-_]{difficulty}[-_]test.jsonl")
-    validation = find_files(folder.root, f"arc[-_]{difficulty}[-_]validation.jsonl") or find_files(
-        folder.root, f"arc[-_]{difficulty}[-_]dev.jsonl"
-    )
+    validation = find_files(folder.root, f"arc[-_]{difficulty}[-_][dv]*.jsonl")
 
     def rows() -> Rows:
         return [_arc_row(row, path) for row in json_lines(path, data)]
@@ -132,26 +130,29 @@ def _arc_row(row: Row, path: str) -> Row:
     >>> _arc_row({"question": {"stem": "Wet?", "choices": [{"text": "rain", "label": "A"}]}, "answerKey": "A"}, "")
     {'query': 'Question: Wet?\\nAnswer:', 'choices': ['rain'], 'gold': 0}
     """
-    if "gold" in row:
-        return {"query": row["query"], "choices": row["choices"], "gold": row["gold"]}
-    question, choices = row["question"], row.get("choices")
-    if isinstance(question, dict):
-        question, choices = (
-            question["stem"],
-            {key: [choice[key] for choice in question["choices"]] for key in ("text", "label")},
-        )
-    if not isinstance(choices, dict) or row["answerKey"] not in choices["label"]:
-        raise ValueError(f"{path}: no answer {row['answerKey']!r} among the choices of {question!r}")
-    gold = choices["label"].index(row["answerKey"])
-    return {"query": f"Question: {question}\nAnswer:", "choices": choices["text"], "gold": gold}
+    try:
+        if "gold" in row:
+            return {key: row[key] for key in ("query", "choices", "gold")}
+        question: Any = row["question"]
+        choices: Any = row.get("choices")
+        if isinstance(question, dict):
+            listed, question = question["choices"], question["stem"]
+            choices = {key: [choice[key] for choice in listed] for key in ("text", "label")}
+        gold = choices["label"].index(row["answerKey"])
+        return {"query": f"Question: {question}\nAnswer:", "choices": choices["text"], "gold": gold}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} has a question in no form that ARC is published in: {json.dumps(row)[:200]}"
+        ) from None
 
 
 def read_blimp(folder: BenchmarkFolder) -> Tree:
     """A task for each file: of two sentences that differ in one thing, the grammatical one is to be more probable."""
 
     def pairs(path: str, data: bytes) -> Rows:
-        both = ((row["sentence_good"], row["sentence_bad"]) for row in json_lines(path, data))
-        return [{"query": "", "choices": [*pair], "gold": 0} for pair in both]
+        kinds = ("sentence_good", "sentence_bad")
+        both = ([row[kind] for kind in kinds] for row in json_lines(path, data, *kinds))
+        return [{"query": "", "choices": pair, "gold": 0} for pair in both]
 
     tasks: dict[str, Config | Members] = {
         f"blimp_local_{Path(path).name.partition('.')[0]}": multiple_choice(
@@ -167,7 +168,7 @@ def read_lambada(folder: BenchmarkFolder) -> Tree:
     path, data = folder.first("lambada*test*.jsonl")
 
     def rows() -> Rows:
-        split = (row["text"].rpartition(" ") for row in json_lines(path, data))
+        split = (row["text"].rpartition(" ") for row in json_lines(path, data, "text"))
         return [{"before": before, "last": f" {word}"} for before, _, word in split]
 
     figures = [metric("perplexity", "perplexity", higher_is_better=False), metric("acc")]
@@ -181,67 +182,69 @@ def read_lambada(folder: BenchmarkFolder) -> Tree:
 def read_cute(folder: BenchmarkFolder) -> Tree:
     """Each of CUTE's tasks in the words of its own prompts, and those on random strings in a group of their own."""
     path, data = folder.first("prompts.json", holding=b'"spell"')
-    prompts = json.loads(data)
-    tables = {
-        Path(name).name.partition(".")[0]: content for name, content in folder.find("*.tsv", holding=b"label").items()
-    }
+    try:
+        prompts = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; get CUTE again") from None
     words, random = dict[str, Config | Members](), dict[str, Config | Members]()
-    for name, table in tables.items():
-        prompt = prompts.get(name.removesuffix("_rand"))
-        if prompt is not None:
-            (random if name.endswith("_rand") else words)[f"cute_{name}"] = _cute_task(prompt, table)
-    if not words:
-        raise ValueError(f"{path} has prompts for none of {', '.join(tables)}; get CUTE whole from {folder.home}")
-    metrics = ("exact_match",)
-    groups: Tree = {"cute": Members(metrics, words)}
-    return groups | ({"cute_rand": Members(metrics, random)} if random else {})
+    for table, content in folder.find("*.tsv", holding=b"label").items():
+        name = Path(table).name.partition(".")[0]
+        if (prompt := prompts.get(name.removesuffix("_rand"))) is not None:
+            (random if name.endswith("_rand") else words)[f"cute_{name}"] = _cute_task(prompt, table, content)
+    groups: Tree = {"cute": Members(("exact_match",), words)}
+    return groups | ({"cute_rand": Members(("exact_match",), random)} if random else {})
 
 
-def _cute_task(prompt: str, table: bytes) -> Config:
+def _cute_task(prompt: str, path: str, table: bytes) -> Config:
     """The prompt ends where its own examples have an answer in quotes: the text up to the closing quote is the answer."""
     header, *lines = (line.split("\t") for line in table.decode().strip("\n").split("\n"))
-    given = [dict(zip(header, line, strict=True)) for line in lines]
+    if any(len(line) != len(header) for line in lines):
+        raise ValueError(f"{path} has a row of other than {len(header)} columns; get CUTE again")
     rows = [
-        {"query": prompt.format(*(row[key] for key in header if key != "label")) + ' Answer: "', "label": row["label"]}
-        for row in given
+        {"query": prompt.format(*line[: header.index("label")]) + ' Answer: "', "label": line[header.index("label")]}
+        for line in lines
     ]
 
     def right(row: Row, written: Sequence[str]) -> dict[str, float]:
         return {"exact_match": float(written[0].strip() == row["label"].strip())}
 
-    longest = max(len(row["label"].encode()) for row in rows)
+    longest = max((len(row["label"].encode()) for row in rows), default=0)
     return written_answer(lambda: rows, right, ['"', "\n"], longest + 1, num_fewshot=0)
 
 
 def read_cmudict(folder: BenchmarkFolder) -> Tree:
     """English words and their phonemes with stress, as the CMU dictionary has them."""
-    _, data = folder.first("cmudict.dict")
-    entries = (line.partition(" #")[0].split() for line in data.decode().splitlines())
-    return {"g2p": _pronunciation_task((word.partition("(")[0], phonemes) for word, *phonemes in entries)}
+    path, data = folder.first("cmudict.dict")
+    entries = (line.partition(" #")[0].split() for line in data.decode().split("\n") if line)
+    return {"g2p": _pronunciation_task(path, ((word.partition("(")[0], phonemes) for word, *phonemes in entries))}
 
 
 def read_wikipron(folder: BenchmarkFolder) -> Tree:
     """The broad transcriptions of each file; a language that has one file goes by its code alone."""
-    files = {
-        Path(path).name.partition(".")[0]: data for path, data in folder.find("[a-z][a-z][a-z]_*_broad.tsv").items()
-    }
+    found = folder.find("[a-z][a-z][a-z]_*_broad.tsv")
+    files = {Path(path).name.partition("_broad")[0]: (path, data) for path, data in found.items()}
     languages = Counter(name[:3] for name in files)
+
+    def entries(data: bytes) -> Iterator[tuple[str, list[str]]]:
+        for line in data.decode().strip("\n").split("\n"):
+            word, _, phonemes = line.partition("\t")
+            yield word, phonemes.split()
+
     return {
-        f"g2p_{name[:3] if languages[name[:3]] == 1 else name.removesuffix('_broad')}": _pronunciation_task(
-            (word, phonemes.split())
-            for word, _, phonemes in (line.partition("\t") for line in data.decode().strip("\n").split("\n"))
-        )
-        for name, data in files.items()
+        f"g2p_{name[:3] if languages[name[:3]] == 1 else name}": _pronunciation_task(path, entries(data))
+        for name, (path, data) in files.items()
     }
 
 
-def _pronunciation_task(entries: Iterable[tuple[str, list[str]]]) -> Config:
+def _pronunciation_task(path: str, entries: Iterable[tuple[str, list[str]]]) -> Config:
     """Write a word's phonemes, after some words with theirs; where a word has several pronunciations, the nearest counts.
 
     The words come in an order that is drawn once and for all, as those in a row of a dictionary are all alike.
     """
     spoken: dict[str, list[str]] = defaultdict(list)
     for word, phonemes in entries:
+        if not phonemes:
+            raise ValueError(f"{path} has no phonemes for {word!r}; get the dictionary again")
         spoken[word].append(" ".join(phonemes))
     rows = [{"word": word, "pronunciations": spoken[word]} for word in sorted(spoken)]
     Random(0).shuffle(rows)
@@ -323,22 +326,32 @@ def metric(name: str, aggregation: str | Callable[[Any], float] = "mean", higher
 def dataset(rows: Callable[[], Rows], shots: Callable[[], Rows] | None = None) -> Callable[..., dict[str, Any]]:
     """Makes what lm-eval reads questions from, once it asks."""
 
-    def read(**metadata: Any) -> dict[str, Any]:
+    def read(name: str, version: int) -> dict[str, Any]:  # a task's metadata
         from datasets import Dataset
 
-        return {"test": Dataset.from_list(rows())} | ({"shots": Dataset.from_list(shots())} if shots else {})
+        if not (questions := rows()):
+            raise ValueError(f"the file of task {name} holds no questions; get the benchmark again")
+        return {"test": Dataset.from_list(questions)} | ({"shots": Dataset.from_list(shots())} if shots else {})
 
     return read
 
 
-def json_lines(path: str, data: bytes) -> Iterator[Row]:
-    """The objects of a .jsonl file; ValueError for a line that is none."""
-    for number, line in enumerate(data.splitlines(), 1):
+def json_lines(path: str, data: bytes, *needed: str) -> Iterator[Row]:
+    """The objects of a .jsonl file; ValueError for a line that is none, or that lacks what is needed.
+
+    >>> list(json_lines("x.jsonl", b'{"text": "a"}\\n', "text"))
+    [{'text': 'a'}]
+    """
+    for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
-                yield dict(json.loads(line))
+                row = json.loads(line)
+                missing = [key for key in needed if key not in row]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number} is no JSON object: {error}; get the benchmark again") from None
+            if missing:
+                raise ValueError(f"{path}, line {number} has no {', '.join(missing)}; is it the benchmark's own file?")
+            yield row
 
 
 def edit_distance(written: Sequence[str], right: Sequence[str]) -> int:
