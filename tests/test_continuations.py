@@ -43,6 +43,7 @@ def model(kind: str, **changes: Any) -> LanguageModel:
 
 
 PAIRS = [
+    (SHARED, LONGEST[::-1]),
     *((SHARED, LONGEST[:size]) for size in (1, 2, 25, 26, 27, 50)),
     *(("", text) for text in ("b", "bc\n", LONGEST)),
     *((SHARED[:9], text) for text in (" ", "longer than its context")),

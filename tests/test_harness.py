@@ -13,7 +13,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from test_continuations import PAIRS, model
+from test_continuations import PAIRS, SHARED, model
 
 from blt.byte_ids import BYTE_OFFSET
 from blt.continuations import score_continuations
@@ -133,11 +133,11 @@ def test_likelihoods_are_those_of_continuations() -> None:
 
 def test_generation_is_the_models_own_up_to_a_stop_string() -> None:
     lm = model("entropy", max_bytes=200)
-    prompts = [text for text, _ in PAIRS[:3]] + ["other", "x" * 300]
+    prompts = [text for text, _ in PAIRS[:3]] + ["other", SHARED * 5]
     whole = {"until": [], "max_gen_toks": 30, "do_sample": False}
     free = asked(lm).generate_until(instances("generate_until", *((prompt, whole) for prompt in prompts)))
     longest = lm.config.max_bytes - 1 - 30
-    alone = [lm.generate(prompt[-longest:], 30) for prompt in prompts]
+    alone = [lm.generate(prompt.encode()[-longest:], 30) for prompt in prompts]
     assert free == [text.decode("utf-8", "replace") for text in alone if isinstance(text, bytes)]
     stop = free[0][7:9]
     options = {"until": [stop], "max_gen_toks": 30}
