@@ -176,7 +176,7 @@ def test_tasks_alone_are_all_that_is_evaluated(run: Path, tasks_folder: Path, bl
     task = tasks_folder / "my_answers.yaml"
     evaluated = blt_command("evaluate", run, "--tasks", task, "--json", "--limit", 2)
     assert evaluated.json == {"tasks": {"my_answers": {"exact_match": 0.0, "documents": 2}}}
-    assert "generation 100%  2 of 2" in evaluated.stderr
+    assert evaluated.stderr == f"loading {task}\ngeneration 100%  2 of 2\n"
     shown = blt_command("evaluate", run, "--tasks", task, "--quiet", "--few-shot", 1)
     assert shown.stderr == ""
     heading, row = shown.stdout.decode().splitlines()
@@ -196,10 +196,10 @@ def test_a_name_may_be_one_below_the_include_path_and_an_unknown_one_is_answered
     include = ["--include-path", tasks_folder]
     assert set(blt_command("evaluate", run, "--tasks", "my_text", *include, "--json").json["tasks"]) == {"my_text"}
     for name, meant in (("my_texd", "my_text"), ("helaswag_local", "hellaswag_local"), ("arc_esy", "arc_easy")):
-        refused = blt_command("evaluate", run, "--tasks", name, *include)
+        refused = blt_command("evaluate", run, "--tasks", name, *include, "--quiet")
         assert refused.code == 1 and refused.stdout == b"" and refused.stderr.count("\n") == 1
         assert f"no task {name}; did you mean" in refused.stderr and meant in refused.stderr
-    without = blt_command("evaluate", run, "--tasks", "arc_easy", *include)
+    without = blt_command("evaluate", run, "--tasks", "arc_easy", *include, "--quiet")
     assert without.code == 1 and "ConnectionError" in without.stderr and without.stderr.count("\n") == 1
     assert "takes a network" in without.stderr and "--task-data" in without.stderr
 
@@ -237,7 +237,7 @@ def test_a_task_that_cannot_be_done_says_why(
 def test_an_option_that_makes_no_sense_is_named(
     options: list[str], said: str, run: Path, tasks_folder: Path, blt_command: Blt
 ) -> None:
-    refused = blt_command("evaluate", run, "--tasks", tasks_folder / "my_answers.yaml", *options)
+    refused = blt_command("evaluate", run, "--tasks", tasks_folder / "my_answers.yaml", *options, "--quiet")
     assert refused.code == 1 and said in refused.stderr and refused.stderr.count("\n") == 1
 
 

@@ -290,8 +290,10 @@ def test_a_benchmark_is_found_however_it_is_packed(kind: str, published: Path, t
 
 
 def test_of_files_of_one_name_those_that_hold_what_is_sought_are_taken(tmp_path: Path) -> None:
-    write_files(tmp_path, {"a/prompts.json": "{}", "b/prompts.json": '{"spell": 1}'})
-    assert list(find_files(tmp_path, "prompts.json", holding=b'"spell"').values()) == [b'{"spell": 1}']
+    plain = write_files(tmp_path / "plain", {"a/prompts.json": "{}", "b/prompts.json": '{"spell": 1}'})
+    archive("tar", plain, tmp_path)
+    for root in (plain, tmp_path / "all.tar"):
+        assert list(find_files(root, "prompts.json", holding=b'"spell"').values()) == [b'{"spell": 1}']
 
 
 # what is refused

@@ -154,7 +154,13 @@ def evaluate_tasks(
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"no folder {include_path} with YAML files of tasks; check --include-path")
     with _third_parties_quiet():
-        found = [_load(name, task_data, include_path) for name in dict.fromkeys(names)]
+        found = []
+        for name in dict.fromkeys(names):
+            if not is_included(
+                name
+            ):  # the index of lm-eval's names takes seconds, a hub that is out of reach half a minute
+                model.reporter.say(f"loading {name}")
+            found.append(_load(name, task_data, include_path))
         loaded = TaskManager(include_defaults=False).load([one for some in found for one in some])
         for task in loaded["tasks"].values():
             if few_shot is not None and task.get_config("num_fewshot") != 0:  # 0: the task has no place for any
@@ -166,10 +172,13 @@ def evaluate_tasks(
 
 def _set_few_shot(task: Task, few_shot: int) -> None:
     """So many solved examples before each question; ValueError where the task has fewer."""
-    from_questions = task.fewshot_cfg.split == task.config.test_split  # then never the question itself
-    available = len(task.sampler.df) - from_questions
-    if few_shot > available:
-        raise ValueError(f"few_shot {few_shot} is more than the {available} examples that {task.task_name} can show")
+    if few_shot and isinstance(task, ConfigurableTask):
+        from_questions = task.fewshot_cfg.split == task.config.test_split  # then never the question itself
+        available = len(task.sampler.df) - from_questions
+        if few_shot > available:
+            raise ValueError(
+                f"few_shot {few_shot} is more than the {available} examples that {task.task_name} can show"
+            )
     task.set_config("num_fewshot", few_shot)
 
 
@@ -194,7 +203,7 @@ def _load(name: str, task_data: Path | None, include_path: Path | None) -> list[
         raise FileNotFoundError(f"no task file {name}")
     if not is_file and name not in manager.task_index:
         close = difflib.get_close_matches(name, [*INCLUDED, *manager.all_tasks], n=5)
-        meant = f"did you mean {', '.join(close)}?" if close else "lm-eval ls tasks lists its own"
+        meant = f"did you mean {', '.join(close)}?" if close else "lm-eval ls tasks lists its own."
         raise ValueError(f"no task {name}; {meant} Ours are {', '.join(INCLUDED)}; a YAML file is one, too")
     try:
         loaded = manager.load([name])
