@@ -63,7 +63,7 @@ def run_contender(
         blt("train", config, *data, *overrides, "--out", folder, *resume)
     scored = folder / "unseen.json"
     if not scored.exists():
-        scored.write_text(blt("evaluate", folder, "--data", options.unseen, "--json"))
+        scored.write_text(blt("evaluate", folder, "--data", options.work / "unseen.jsonl", "--json"))
     reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [
         [report["bytes_seen"], report["valid_bits_per_byte"]] for report in reports if "valid_bits_per_byte" in report
@@ -79,11 +79,11 @@ def run_contender(
     }
 
 
-def token_model_bits(llama: Path, unseen: str) -> float:
+def token_model_bits(llama: Path, unseen: Path) -> float:
     """Bits per byte of the Llama on the unseen text: total bits over total bytes, documents cut into stretches."""
     scored = llama / "unseen.json"
     if scored.exists():
-        return float(json.loads(scored.read_text())[unseen])
+        return float(json.loads(scored.read_text()))
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
@@ -104,8 +104,17 @@ def token_model_bits(llama: Path, unseen: str) -> float:
                 logits = model(input_ids=stretch[:, :-1], use_cache=False).logits[0, -new:]
                 nats += float(torch.nn.functional.cross_entropy(logits, stretch[0, -new:], reduction="sum"))
     bits_per_byte = nats / num_bytes / math.log(2)
-    scored.write_text(json.dumps({unseen: bits_per_byte}) + "\n")
+    scored.write_text(json.dumps(bits_per_byte) + "\n")
     return bits_per_byte
+
+
+def excerpt(path: str, num_bytes: int, file: Path) -> Path:
+    """So many bytes of a text, of the beginnings of all its documents alike; written once."""
+    if not file.exists():
+        texts = [document.data.decode("utf-8", "replace") for document in read_documents([path])]
+        parts = [text[: num_bytes // len(texts)] for text in texts]
+        file.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return file
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -134,8 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="../shared/data/train/en_books.00.jsonl.xz", help="text to learn")
     parser.add_argument("--unseen", default="../shared/data/eval/en_books.test.jsonl.xz", help="text to score")
+    parser.add_argument("--unseen-bytes", type=int, default=300_000, help="of it")
     parser.add_argument("--token-bytes", type=int, default=20_000_000, help="that the token model learns from")
-    parser.add_argument("--bytes", type=int, default=4_000_000, help="that each BLT learns from")
+    parser.add_argument("--bytes", type=int, default=1_000_000, help="that each BLT learns from")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="contenders whose names hold one of these words")
     parser.add_argument("--work", type=Path, default=Path("runs/from_token_model"))
@@ -150,11 +160,12 @@ def main() -> None:
         corpus.build_shards(read_documents([options.data]), shards, held_out_fraction=0.03)
     if not (llama / "model.safetensors").exists():
         train_token_model(corpus.open_shard(shards, "train"), llama, options.token_bytes)
+    unseen = excerpt(options.unseen, options.unseen_bytes, options.work / "unseen.jsonl")
     results: dict[str, Any] = {
         "command": "python experiments/from_token_model.py " + " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
         "token_model_bytes": options.token_bytes,
-        "token_model_bits_per_byte": token_model_bits(llama, options.unseen),
+        "token_model_bits_per_byte": token_model_bits(llama, unseen),
         "bytes": options.bytes,
         "contenders": {},
     }

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def test_a_run_that_stops_goes_on_to_the_bit(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, weight in whole.network.state_dict().items():
         assert weight.equal(cut.network.state_dict()[name]), name
+
+
+def test_a_run_goes_on_when_the_model_that_it_began_from_is_gone(
+    trained_run: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["training.total_bytes=5120"]
+    config = config_of(trained_run, pairs, *settings)
+    with Reporter(quiet=True) as reporter, monkeypatch.context() as patched:
+        patched.setattr("blt.train.stop_after_this_step", stop_after(9))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut", CPU, False, reporter)
+    shutil.rmtree(trained_run)
+    with Reporter(quiet=True) as reporter:
+        train(config, tmp_path / "cut", CPU, True, reporter)
+    assert len(losses(tmp_path / "cut")) == 4
 
 
 # adapters

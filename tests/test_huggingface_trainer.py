@@ -13,6 +13,7 @@ from blt import TrainerModel
 from blt.byte_ids import encode
 from blt.config import ModelConfig, PatchingConfig
 from blt.language_model import LanguageModel, load
+from blt.model_card import ModelCard
 
 
 def language_model(config: ModelConfig | None = None) -> LanguageModel:
@@ -34,6 +35,20 @@ def test_the_loss_is_the_mean_of_the_labels_that_are_learned() -> None:
     summed = TrainerModel(lm)(rows, labels=labels, num_items_in_batch=7)["loss"]
     torch.testing.assert_close(summed, expected * 49 / 7)
     assert TrainerModel(lm)(rows).keys() == {"logits"}
+
+
+def test_rows_of_which_nothing_is_learned_have_no_loss() -> None:
+    row = random_row(12, seed=5)
+    loss = TrainerModel(language_model())(row, labels=torch.full_like(row, -100))["loss"]
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_a_card_forgets_what_is_no_longer_true() -> None:
+    lm = language_model()
+    lm.card = ModelCard(license="mit", training="on something", figures=({"bits_per_byte": 1.0},))
+    TrainerModel(lm)
+    assert lm.card == ModelCard(license="mit")
 
 
 def test_padding_on_the_right_changes_nothing_and_on_the_left_is_refused() -> None:

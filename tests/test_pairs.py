@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, decode
-from blt.corpus import ByteShard, build_shards, corpus_fingerprint, num_rows, open_shard, row_ids, rows_of, targets_of
+from blt.corpus import (
+    ByteShard,
+    build_shards,
+    corpus_fingerprint,
+    num_cut_pairs,
+    num_rows,
+    open_shard,
+    row_ids,
+    rows_of,
+    targets_of,
+)
 from blt.documents import Document, read_documents
 from blt.evaluate import evaluate_inputs, score_documents, windows
 from blt.progress import Reporter
@@ -67,12 +77,28 @@ def test_half_a_pair_is_named(row: dict[str, Any], tmp_path: Path) -> None:
         list(read_documents([path]))
 
 
+@pytest.mark.parametrize("name", ["mixed.jsonl", "mixed.parquet"])
+def test_a_row_whose_text_is_null_is_its_pair(name: str, tmp_path: Path) -> None:
+    rows = [{"text": "t", "prompt": None, "response": None}, {"text": None, "prompt": "p", "response": "r"}]
+    found = [(document.data, document.prompt_bytes) for document in read_documents([write_rows(tmp_path / name, rows)])]
+    assert found == [(b"t", 0), (b"pr", 1)]
+
+
+def test_a_column_of_numbers_is_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.parquet", [{"prompt": 1, "response": "r"}])
+    with pytest.raises(ValueError, match="column 'prompt' holds int64, not text"):
+        list(read_documents([path]))
+
+
 # shards and rows
 
 
 def test_prompts_survive_the_shards_and_count_in_the_fingerprint(tmp_path: Path) -> None:
     documents = [Document(str(i), f"question {i}: answer".encode(), 11 + i % 2) for i in range(40)]
+    documents.append(Document("unanswered", b"", 5))
     summary = build_shards(documents, tmp_path / "corpus", 0.2)
+    assert summary.fingerprint == corpus_fingerprint(documents, 0.2)
+    documents.pop()
     lengths = {document.data: document.prompt_bytes for document in documents}
     found = [
         document for split in ("train", "held_out") for document in open_shard(tmp_path / "corpus", split).documents()
@@ -116,6 +142,11 @@ def test_rows_cut_no_pair_that_fits_and_every_response_byte_and_end_is_a_target_
     kept = (targets != BOE) | (inputs[:, 1:] == BOE)
     assert targets[kept].equal(inputs[:, 1:][kept])  # what is hidden is hidden, the rest is the next id
     assert decode(inputs.flatten().tolist()) == b"".join(prompt + response for prompt, response in found)
+
+
+def test_pairs_longer_than_a_row_are_counted() -> None:
+    assert num_cut_pairs(shard_of([(b"abc", b"def"), (b"a", b"b")]), 7) == 1
+    assert num_cut_pairs(shard_of([(b"abc", b"def"), (b"a", b"b")]), 8) == 0
 
 
 def test_targets_of_plain_text_are_the_next_ids() -> None:

@@ -1,6 +1,7 @@
 """A token model becomes a latent transformer that computes what its layers did; and it teaches what it expects of bytes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def test_weights_keep_their_bits_and_their_dtype(tmp_path: Path) -> None:
         found = weights[f"{LATENT}layers.1.{name}.weight"]
         assert found.dtype == torch.bfloat16 and found.tensor(torch.bfloat16).equal(layer.weight)
     queries = weights[f"{LATENT}layers.1.attention.q_proj.weight"].tensor(torch.bfloat16)
-    assert queries.sort(0).values.equal(block.self_attn.q_proj.weight.sort(0).values)  # the same rows in another order
+    rows, theirs_rows = (sorted(map(tuple, matrix.tolist())) for matrix in (queries, block.self_attn.q_proj.weight))
+    assert rows == theirs_rows  # the same rows in another order
 
 
 def test_a_blt_begins_with_it_and_is_trained_to_the_end(
@@ -135,6 +137,10 @@ def test_a_blt_begins_with_it_and_is_trained_to_the_end(
         assert kept.equal(weight.tensor(torch.float32)), name
     with pytest.raises(ValueError, match="calibrate"):
         untrained.patches("text")
+    with pytest.raises(ValueError, match="no threshold yet"):
+        untrained.generate("text")
+    adapted = blt_command("train", begun / "train.toml", "--set", "lora.rank=2", "--out", tmp_path / "adapted")
+    assert adapted.code == 1 and "train it in whole before [lora]" in adapted.stderr
     run = read_run_config(begun / "train.toml")
     assert run.training.latent_learning_rate_factor == 0.1 and run.init == str(begun)
     trained = blt_command("train", begun / "train.toml", "--out", tmp_path / "run", "--json")
@@ -142,6 +148,19 @@ def test_a_blt_begins_with_it_and_is_trained_to_the_end(
     first = "network.latent_transformer.transformer.layers.0.attention.v_proj.weight"
     moved = load(tmp_path / "run", device="cpu").network.state_dict()[first.removeprefix("network.")]
     assert 0 < (moved - weights[first].tensor(torch.float32)).abs().max() < 0.1
+
+
+def test_the_licence_of_a_token_model_is_said_and_kept_and_its_own_rate_too(
+    llama: Path, tiny_toml: Path, tmp_path: Path, blt_command: Blt
+) -> None:
+    licensed = Path(shutil.copytree(llama, tmp_path / "licensed"))
+    (licensed / "README.md").write_text("---\nlicense: llama3.2\n---\n")
+    command = ["--config", tiny_toml, "--set", "training.latent_learning_rate_factor=1.0", tmp_path / "begun"]
+    said = blt_command("convert", "--from-token-model", licensed, *command)
+    assert "licence llama3.2" in said.stderr
+    card = load(tmp_path / "begun", device="cpu").card
+    assert (card.license, card.source) == ("llama3.2", "licensed")
+    assert read_run_config(tmp_path / "begun" / "train.toml").training.latent_learning_rate_factor == 1
 
 
 BROKEN = {
@@ -160,6 +179,9 @@ BROKEN = {
     "shapes": ({"intermediate_size": 50}, "does not have the shape"),
     "layers": ({"num_hidden_layers": 3}, "lacks the weight model.layers.2."),
     "no width": ({"hidden_size": None}, "hidden_size"),
+    "no heads": ({"num_attention_heads": 0}, "its values are not what they should be"),
+    "words": ({"num_key_value_heads": "2"}, "its values are not what they should be"),
+    "sharing": ({"num_key_value_heads": 3}, "4 heads cannot share 3 keys"),
 }
 
 
@@ -273,6 +295,19 @@ def test_probabilities_sum_to_one_and_never_lie_on_what_no_text_holds(text: str)
     assert not found[..., [BOE, BOS, 3]].any()
 
 
+def test_tokens_that_were_added_stand_for_their_own_text(llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "more"))
+    described = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    added = len(described["model"]["vocab"])
+    described["added_tokens"].append({"id": added, "content": "  é ", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    random_llama(vocabulary=added + 1).save_pretrained(folder)
+    teacher = load_token_teacher(folder, CPU)
+    assert teacher.vocabulary.bytes_of[added] == "  é ".encode()
+    assert teacher.next_bytes(torch.tensor([encode("a  é b")]))[1].all()
+
+
 def test_taught_loss_is_that_of_the_text_where_nobody_teaches() -> None:
     logits = torch.randn(1, 3, 260, generator=torch.Generator().manual_seed(0))
     targets, taught = torch.tensor([[70, 71, BOE]]), torch.full((1, 3, 260), 1 / 260)
@@ -327,3 +362,9 @@ def test_a_teacher_that_cannot_teach_is_named_before_the_run_folder_is_claimed(
     assert "is not byte-level" in refusal(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     assert "is damaged" in refusal(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("[]")
+    assert "is not byte-level" in refusal(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
+    assert "could not be loaded" in refusal(tmp_path / "model")  # there are no weights
+    random_llama(max_position_embeddings=32).save_pretrained(tmp_path / "model")
+    assert "can read 32 tokens" in refusal(tmp_path / "model")

@@ -166,6 +166,10 @@ class ModelConfig(Config):
             raise ValueError(f"patching rule {self.patching.rule!r} needs [model.entropy_model]")
         return self
 
+    def without_threshold(self) -> "ModelConfig":
+        """The same, not calibrated."""
+        return self.model_copy(update={"patching": self.patching.model_copy(update={"threshold_nats": None})})
+
 
 # every matrix of every layer: self-attention, cross-attention, feed-forward
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

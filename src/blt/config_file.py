@@ -51,9 +51,11 @@ def _go_on_from(values: dict[str, Any], init: ModelConfig, origin: str) -> None:
     """Make ``init`` the [model] of a file's values."""
     described = values.get("model")
     if described is not None:
-        own = validated(ModelConfig, described, f"{origin}, model")
+        own = validated(ModelConfig, described, f"{origin}, model").without_threshold()
         differing = [
-            name for name in NETWORK_SECTIONS if getattr(own, name) != getattr(init, name) and name in described
+            name
+            for name in (*NETWORK_SECTIONS, "max_bytes", "patching")
+            if getattr(own, name) != getattr(init.without_threshold(), name) and name in described
         ]
         if differing:
             raise ValueError(

@@ -65,8 +65,8 @@ class _Fingerprint:
         if document.data:
             self.hash.update(len(document.data).to_bytes(8))
             self.hash.update(document.data)
-        if document.prompt_bytes:
-            self.hash.update(b"prompt" + document.prompt_bytes.to_bytes(8))
+            if document.prompt_bytes:
+                self.hash.update(b"prompt" + document.prompt_bytes.to_bytes(8))
 
     def hexdigest(self) -> str:
         return self.hash.hexdigest()
@@ -271,6 +271,11 @@ def targets_of(shard: ByteShard, row_indices: Iterable[int], row_bytes: int) -> 
     """What is to be predicted at each input of these rows: the next id, BOE where that is a byte of a prompt."""
     rows = [row_ids(shard, row, row_bytes, hide_prompts=True) for row in row_indices]
     return torch.from_numpy(np.stack(rows))[:, 1:]
+
+
+def num_cut_pairs(shard: ByteShard, row_bytes: int) -> int:
+    """How many documents, where some are prompts and responses, do not fit into a row with their BOS and EOS."""
+    return 0 if shard.prompt_bytes is None else int((np.diff(shard.offsets) + 2 > row_bytes).sum())
 
 
 @functools.lru_cache(maxsize=8)

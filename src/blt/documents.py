@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,11 @@ _COMPRESSED = {".gz", ".xz", ".zst"}
 _NOT_TEXT = {".pyc", ".so", ".zip", ".tar", ".tgz", ".png", ".jpg", ".gif", ".pdf", ".npy", ".pth", ".safetensors"}
 _SNIFFED_BYTES = 8192
 PAIR = ("prompt", "response")
+FIELDS = ("text", *PAIR)
+_TEXT_TYPES = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary),
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,11 @@ class Document:
 def read_documents(paths: Sequence[str | Path], raw: bool = False) -> Iterator[Document]:
     """The documents of files and folders, in the order given; ``stdlib`` means this interpreter's library sources.
 
-    A .jsonl or .parquet file holds one document per row, in field or column ``text``, or in ``prompt`` and ``response``,
-    which are joined as they are; any other file is one document of its bytes, in whatever encoding; each may be compressed
-    (.gz, .xz, .zst). ``raw`` takes every file as one document,
-    as it lies on disk. A folder is read recursively in sorted order, without hidden entries, links to folders and,
-    unless ``raw``, files that are not text. (A folder that is itself called stdlib: ``./stdlib``.)
+    A .jsonl or .parquet file holds one document per row, in field or column ``text``, or, where that is absent or null, in
+    ``prompt`` and ``response``, which are joined as they are; any other file is one document of its bytes, in whatever
+    encoding; each may be compressed (.gz, .xz, .zst). ``raw`` takes every file as one document, as it lies on disk. A folder
+    is read recursively in sorted order, without hidden entries, links to folders and, unless ``raw``, files that are not
+    text. (A folder that is itself called stdlib: ``./stdlib``.)
 
     Raises FileNotFoundError before anything is read, ValueError naming the file that cannot be read.
     """
@@ -121,14 +127,24 @@ def _jsonl_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}; mend it, or read bytes with --raw") from None
         fields = row if isinstance(row, dict) else {}
-        names = PAIR if "text" not in fields and "prompt" in fields else ("text",)
-        parts = [fields[name] for name in names if isinstance(fields.get(name), str)]
-        if len(parts) < len(names):
+        parts = _parts([fields.get(name) for name in FIELDS])
+        if parts is None:
             raise ValueError(
                 f'{path}, line {number} has no string "text", nor "prompt" and "response"; give it one or the other, or read '
                 "bytes with --raw"
             )
         yield _joined(f"{path}:{number}", [_lenient_bytes(part) for part in parts])
+
+
+def _parts(values: Sequence[Any]) -> list[Any] | None:
+    """The text of a row, or its prompt and response, of ``FIELDS``; None where it has neither.
+
+    >>> _parts(["a", None, None]), _parts([None, "b", "c"]), _parts([None, "b", None])
+    (['a'], ['b', 'c'], None)
+    """
+    text, *pair = (value if isinstance(value, str | bytes) else None for value in values)
+    found = pair if text is None else [text]
+    return None if None in found else found
 
 
 def _lenient_bytes(text: str) -> bytes:
@@ -145,18 +161,20 @@ def _joined(name: str, parts: Sequence[bytes]) -> Document:
 
 def _parquet_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document]:
     with pq.ParquetFile(stream) as file:
-        found = file.schema_arrow.names
-        columns = PAIR if "text" not in found and set(PAIR) <= set(found) else ("text",)
-        if not set(columns) <= set(found):
+        found = [name for name in FIELDS if name in file.schema_arrow.names]
+        if "text" not in found and not set(PAIR) <= set(found):
             raise ValueError(
-                f"{path} has no column 'text', nor 'prompt' and 'response', only {', '.join(found)}; rename those with the text"
+                f"{path} has no column 'text', nor 'prompt' and 'response', only {', '.join(file.schema_arrow.names)}; rename "
+                "those with the text"
             )
-        batches = file.iter_batches(batch_size=1024, columns=list(columns))
-        rows = (row for batch in batches for row in zip(*map(_byte_strings, batch.columns), strict=True))
-        for number, parts in enumerate(rows, 1):
-            yield _joined(f"{path}:{number}", parts)
-
-
-def _byte_strings(column: pa.Array) -> list[bytes]:
-    """Texts of any string type; a null is an empty one."""
-    return [text or b"" for text in column.cast(pa.large_binary()).to_pylist()]
+        for name in found:
+            kind = file.schema_arrow.field(name).type
+            if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
+                raise ValueError(f"{path}: column {name!r} holds {kind}, not text; leave it out or rename it")
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=found):
+            columns = {name: batch.column(name).cast(pa.large_binary()).to_pylist() for name in found}
+            nothing = [None] * batch.num_rows
+            for row in zip(*(columns.get(name, nothing) for name in FIELDS), strict=True):
+                number += 1
+                yield _joined(f"{path}:{number}", _parts(row) or [b""])  # a null is an empty text

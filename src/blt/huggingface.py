@@ -135,6 +135,7 @@ def to_config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> d
         "eos_token_id": EOS,
         "pad_token_id": HF_PAD,
         "tie_word_embeddings": False,
+        "use_cache": False,  # with it, transformers' own forward pass fails for models of this class
         "max_position_embeddings": longest,
         "patch_in_forward": True,
         "patching_mode": "entropy",

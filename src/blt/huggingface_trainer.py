@@ -1,5 +1,6 @@
 """The network as ``transformers.Trainer`` wants a model: ids and labels in, a loss out."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class TrainerModel(nn.Module):
     def __init__(self, lm: LanguageModel) -> None:
         super().__init__()
         self.lm, self.network = lm, lm.network
+        lm.card = replace(lm.card, training=None, figures=())  # what it says of these weights will no longer be true
         lm.network.local_encoder.hash_embeddings.tables.weight.register_post_accumulate_grad_hook(_make_dense)
 
     def forward(
@@ -48,12 +50,11 @@ class TrainerModel(nn.Module):
         logits = self.network(input_ids, starts)
         if labels is None:
             return {"logits": logits}
-        reduction = "mean" if num_items_in_batch is None else "sum"
         targets = labels[:, 1:].flatten()
-        loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=NO_TARGET, reduction=reduction
-        )
-        return {"loss": loss if num_items_in_batch is None else loss / num_items_in_batch, "logits": logits}
+        nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=NO_TARGET, reduction="sum")
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != NO_TARGET).sum().clamp(min=1)
+        return {"loss": nats / num_items_in_batch, "logits": logits}
 
 
 def _make_dense(table: Tensor) -> None:

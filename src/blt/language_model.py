@@ -196,6 +196,8 @@ class LanguageModel:
         return Request(prompt_ids, max_bytes, Sampling(**sampling), seed, stop_words)
 
     def _networks(self, compiled: bool) -> Networks:
+        if self.config.patching.uses_entropies and self.config.patching.threshold_nats is None:
+            raise ValueError("this model has no threshold yet, it is only begun; train it first: blt train --help")
         if compiled and self.device.type == "cpu":
             from torch._inductor.cpp_builder import get_cpp_compiler
             from torch._inductor.exc import InvalidCxxCompiler
@@ -238,10 +240,15 @@ def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> Langua
 def model_folder_and_card(model: str | Path) -> tuple[Path, ModelCard]:
     """The folder that holds the model's files, and its card, whose licence is said on stderr."""
     folder = model_folder(model)
-    card = read_card(folder, None if Path(model).exists() else str(model))
+    return folder, card_of(folder, str(model))
+
+
+def card_of(folder: Path, model: str) -> ModelCard:
+    """The card in a folder that ``model`` stands for; its licence is said on stderr."""
+    card = read_card(folder, None if Path(model).exists() else model)
     if card.license_line:
         print(f"{model}: licence {card.license_line}", file=sys.stderr)
-    return folder, card
+    return card
 
 
 def model_folder(model: str | Path) -> Path:

@@ -22,7 +22,7 @@ class ModelCard:
     license_name: str | None = None  # of one that the hub has no name for
     license_link: str | None = None
     license_text: str | None = None  # the LICENSE file that came with the model
-    source: str | None = None  # hub id of the model that this one was converted or trained from
+    source: str | None = None  # of the model that this one was converted or trained from: a hub id, or a folder's name
     training: str | None = None  # what follows "Trained": on what, how long, where
     figures: tuple[dict[str, Any], ...] = ()  # what evaluation found on each text: its name under "text", and METRICS
 
@@ -51,7 +51,7 @@ def read_card(folder: Path, hub_id: str | None = None) -> ModelCard:
     return ModelCard(
         **{key: _text(front.get(key)) for key in ("license", "license_name", "license_link")},
         license_text=license_file.read_text("utf-8", "replace") if license_file else None,
-        source=hub_id or _text(front.get("base_model")),
+        source=hub_id or _text(front.get("base_model")) or _text(ours.get("source")),
         training=_text(ours.get("training")),
         figures=tuple(figure for figure in _list(ours.get("figures")) if isinstance(figure, dict)),
     )
@@ -75,11 +75,15 @@ def card_files(card: ModelCard, config: ModelConfig, inexpressible: list[str]) -
         "license": card.license,
         "license_name": card.license_name,
         "license_link": card.license_link,
-        "base_model": card.source,
+        "base_model": card.source if card.source and "/" in card.source else None,
         "library_name": "transformers" if loads_there else "blt",
         "pipeline_tag": "text-generation",
         "tags": ["byte-latent-transformer", "bytes"],
-        OWN_KEY: {key: value for key, value in (("training", card.training), ("figures", [*card.figures])) if value},
+        OWN_KEY: {
+            key: value
+            for key, value in (("source", card.source), ("training", card.training), ("figures", [*card.figures]))
+            if value
+        },
     }
     front = {key: value for key, value in front.items() if value}
     parts = [
@@ -118,7 +122,8 @@ def _shape(config: ModelConfig) -> str:
 def _origin(card: ModelCard) -> str:
     lines = [f"Trained {card.training}.\n"] if card.training else []
     if card.source:
-        lines.append(f"From [{card.source}](https://huggingface.co/{card.source}).\n")
+        on_hub = "/" in card.source
+        lines.append(f"From {f'[{card.source}](https://huggingface.co/{card.source})' if on_hub else card.source}.\n")
     licence = card.license_line
     lines.append(f"Licence: {licence}.\n" if licence else "Licence: none was given with this model.\n")
     return "\n".join(lines)

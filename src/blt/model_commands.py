@@ -235,7 +235,8 @@ def convert(
     Parameters
     ----------
     source
-        A run folder, a folder in Hugging Face's blt format or the official release format, or a hub id.
+        A run folder, a folder in Hugging Face's blt format or the official release format, or a hub id. With
+        --from-token-model: the new folder.
     dest
         A new folder.
     to
@@ -248,7 +249,7 @@ def convert(
         With --from-token-model: override a config value, as in blt train.
     """
     if from_token_model is not None:
-        if dest is not None or config is None:
+        if dest is not None or config is None or to != "hf":
             raise ValueError("--from-token-model wants one folder to write to, and a --config: blt convert --help")
         _begin_from_token_model(from_token_model, config, list(set_ or []), Path(source), options)
         return
@@ -278,9 +279,10 @@ def convert(
 
 def _begin_from_token_model(folder: Path, config: str, overrides: list[str], dest: Path, options: Output) -> None:
     from blt.config_file import read_run_config
+    from blt.language_model import card_of
     from blt.token_model import RUN_FILE, convert_token_model
 
-    made = convert_token_model(folder, read_run_config(config, overrides), dest)
+    made = convert_token_model(folder, read_run_config(config, overrides), dest, card_of(folder, str(folder)))
     latent, run_file = made.model.latent, dest / RUN_FILE
     if options.json:
         print_json({"folder": str(dest), "config": str(run_file), "latent": latent.model_dump(mode="json")})

@@ -170,7 +170,8 @@ def stored_model(folder: Path) -> StoredModel:
     shapes = _shapes(config)
     expected = {huggingface.weight_name(name): shape for name, shape in shapes.items()}
     found: dict[str, Weight] = {}
-    for file in weight_files(folder, OWN_WEIGHTS if inexpressible(config) else WEIGHTS):
+    is_own = values["model_type"] == huggingface.OWN_MODEL_TYPE
+    for file in weight_files(folder, OWN_WEIGHTS if is_own else WEIGHTS):
         found |= _checked(read_weights(file), expected, file)
     _refuse_missing(expected, found, folder)
     return StoredModel(config, {name: found[huggingface.weight_name(name)] for name in shapes})

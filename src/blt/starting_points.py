@@ -25,8 +25,11 @@ def check_beginning(config: RunConfig) -> None:
         for name in NETWORK_SECTIONS:
             if getattr(found, name) != getattr(config.model, name):
                 raise ValueError(
-                    f"the network of {config.init} has another {name} than [model]: {getattr(found, name)!r}"
+                    f"the network of {config.init} has another {name} than [model]: {getattr(found, name)!r}; leave "
+                    f"model.{name} as it is there"
                 )
+        if config.lora is not None and found.patching.uses_entropies and found.patching.threshold_nats is None:
+            raise ValueError(f"{config.init} is only begun, its local parts are fresh: train it in whole before [lora]")
     if config.lora is not None:
         with torch.device("meta"):
             check_adapters(ByteLatentTransformer(config.model), config.lora)
@@ -37,7 +40,12 @@ def first_card(config: RunConfig) -> ModelCard:
     if config.init is None:
         return ModelCard()
     _, card = model_folder_and_card(config.init)
-    return replace(card, source=card.source or config.init, training=None, figures=())
+    return replace(card, source=card.source or _name(config.init), training=None, figures=())
+
+
+def _name(model: str) -> str:
+    """Of a folder only its own name, as the folders above may tell more than they should."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def first_network(config: RunConfig, model_config: ModelConfig) -> ByteLatentTransformer:
@@ -102,4 +110,11 @@ def token_lesson(config: RunConfig, device: torch.device) -> Lesson | None:
     """What a token model teaches this run's network, if the config names one. Raises as ``load_token_teacher``."""
     if config.token_teacher is None:
         return None
-    return Lesson(load_token_teacher(config.token_teacher.folder, device), config.token_teacher.weight)
+    teacher = load_token_teacher(config.token_teacher.folder, device)
+    positions = getattr(teacher.model.config, "max_position_embeddings", None)
+    if positions is not None and positions <= config.training.row_bytes:
+        raise ValueError(
+            f"{config.token_teacher.folder} can read {positions} tokens, and a row of {config.training.row_bytes} bytes may "
+            "be as many; lower training.row_bytes"
+        )
+    return Lesson(teacher, config.token_teacher.weight)

@@ -5,6 +5,7 @@ What knew of tokens, embedding, head and final norm, stays behind.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ ONLY_SUPPORTED = {  # what Llama's layers have in common with ours; anything els
 Rows = Float[Tensor, "outputs inputs"]
 
 
-def convert_token_model(folder: Path, config: RunConfig, target: Path) -> RunConfig:
+def convert_token_model(folder: Path, config: RunConfig, target: Path, card: ModelCard) -> RunConfig:
     """Write the BLT that ``config`` describes, its latent transformer that of a token model; how to train it stands beside it.
 
     The latent shape is the token model's, whatever the config says of it; its weights are kept to the bit but for the order of
     rows in queries and keys. Local parts and entropy model are fresh, and there is no threshold yet: training with the config
     that is returned (``train.toml`` in the folder) makes both.
+
+    ``card``: the token model's own, whose licence holds for what is made of it.
 
     Raises FileNotFoundError or ValueError for a folder that holds no such model, FileExistsError for a target that holds
     something.
@@ -53,10 +56,12 @@ def convert_token_model(folder: Path, config: RunConfig, target: Path) -> RunCon
     values = config.model_dump(exclude_none=True)
     values["model"] |= {"latent": latent.model_dump(exclude_none=True)}
     values["model"]["patching"].pop("threshold_nats", None)
-    values["training"] |= {"latent_learning_rate_factor": LATENT_RATE}
-    values["init"] = str(target)
-    made = validated(RunConfig, values, str(folder))
-    write_model(target, StoredModel(made.model, _fresh_weights(made) | weights), ModelCard(source=str(folder)))
+    if "latent_learning_rate_factor" not in config.training.model_fields_set:
+        values["training"] |= {"latent_learning_rate_factor": LATENT_RATE}
+    values["init"] = str(target.resolve())
+    made = validated(RunConfig, values, "the config to begin with")
+    card = replace(card, training=None, figures=(), source=card.source or folder.resolve().name)
+    write_model(target, StoredModel(made.model, _fresh_weights(made) | weights), card)
     write_whole(target / RUN_FILE, to_toml(made))
     return made
 
@@ -70,10 +75,16 @@ def latent_of_token_model(folder: Path) -> tuple[TransformerConfig, dict[str, We
         values = json.loads(config_file.read_text("utf-8"))
         shape = _latent_config(values, str(config_file))
         kv_heads = values.get("num_key_value_heads") or shape.num_heads
+        if shape.num_heads % kv_heads:
+            raise ValueError(f"{shape.num_heads} heads cannot share {kv_heads} keys and values")
     except json.JSONDecodeError as error:
         raise ValueError(f"{config_file} is damaged, it is not JSON ({error}); copy the model again") from None
     except KeyError as error:
         raise ValueError(f"{config_file} lacks the key {error}") from None
+    except (AttributeError, TypeError, ZeroDivisionError):
+        raise ValueError(
+            f"{config_file} is not the config.json of a Llama: its values are not what they should be; copy the model again"
+        ) from None
     except ValueError as error:
         raise ValueError(str(error) if str(config_file) in str(error) else f"{config_file}: {error}") from None
     stored: dict[str, Weight] = {}
@@ -111,8 +122,8 @@ def _latent_config(values: dict[str, Any], origin: str) -> TransformerConfig:
             "width": width,
             "num_heads": heads,
             "ffn_width": values["intermediate_size"],
-            **rope_values(values),
-            "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+            **rope_values({"rope_theta": 10_000.0, **values}),
+            "norm_eps": values.get("rms_norm_eps", 1e-6),
         },
         origin,
     )

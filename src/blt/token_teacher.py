@@ -223,24 +223,28 @@ def load_token_teacher(folder: str | Path, device: torch.device) -> TokenTeacher
         raise ValueError(
             f"{folder / 'tokenizer.json'} is damaged, it is not JSON ({error}); copy the model again"
         ) from None
-    decoders = [described.get("decoder") or {}, *((described.get("decoder") or {}).get("decoders") or [])]
-    if not any(part.get("type") == "ByteLevel" for part in decoders):
+    if '"ByteLevel"' not in json.dumps(described.get("decoder") if isinstance(described, dict) else None):
         raise ValueError(
             f"the tokenizer in {folder} is not byte-level, so nobody can say which bytes its tokens stand for"
         )
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
-    special = {entry["id"] for entry in described.get("added_tokens", []) if entry.get("special")}
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # whatever transformers and its libraries raise for a folder that is damaged
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise ValueError(f"the token model in {folder} could not be loaded ({reason}); copy it again") from error
+    model = model.to(device).eval().requires_grad_(False)
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # what looks like one in a text is text
-    names = {number: name for name, number in tokenizer.get_vocab().items()}
+    is_special = {entry["content"]: bool(entry.get("special")) for entry in described.get("added_tokens", [])}
     byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-    size = model.config.vocab_size
-    bytes_of = [
-        b"" if token in special or token not in names else bytes(byte_of[letter] for letter in names[token])
-        for token in range(size)
-    ]
+    bytes_of = [b""] * model.config.vocab_size
+    for name, token in tokenizer.get_vocab().items():
+        if name not in is_special:
+            bytes_of[token] = bytes(byte_of[letter] for letter in name)
+        elif not is_special[name]:  # added as text
+            bytes_of[token] = name.encode()
     eos = model.config.eos_token_id
     return TokenTeacher(
         model, tokenizer, Vocabulary(bytes_of), model.config.bos_token_id, eos[0] if isinstance(eos, list) else eos

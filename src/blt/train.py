@@ -61,18 +61,24 @@ COUNTED_BYTES = 1 << 20  # of training text at a time, for n-gram statistics
 def train(config: RunConfig, run: Path, device: torch.device, resume: bool, reporter: Reporter) -> LanguageModel:
     """Train what ``config`` describes into the folder ``run``, or go on with what is there.
 
-    Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config or the model
-    to go on from another network,
-    KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
+    Raises FileExistsError for a folder that holds a run already, ValueError where ``resume`` meets another config, or the model
+    to go on from has another network, KeyboardInterrupt, once the state is saved, after Ctrl-C or SIGTERM.
     """
-    check_beginning(config)
-    lesson = token_lesson(config, device)
-    pretrained, teacher = pretrained_entropy_model(config, device), entropy_teacher(config, device)
+    goes_on = resume and bool(saved_steps(run / "state" / "network"))  # then all that it began from is in the run
+    if not goes_on:
+        check_beginning(config)
+    lesson, teacher = token_lesson(config, device), entropy_teacher(config, device)
+    pretrained = pretrained_entropy_model(config, device) if not goes_on or config.data.entropies else None
     scored = scored_entropies(config, pretrained)
     is_new = not (run / "config.toml").exists()
     config = _claim_folder(config, run, device, resume)
     try:
         train_shard, held_out = open_corpus(config, run, reporter)
+        if cut := corpus.num_cut_pairs(train_shard, config.training.row_bytes):
+            reporter.say(
+                f"{cut} of {train_shard.num_documents} documents are longer than training.row_bytes "
+                f"{config.training.row_bytes}: what a row has no room for is learned without its prompt; raise row_bytes"
+            )
         if scored is not None:
             scored.check_corpus(train_shard, str(config.entropy_model_source), config.data)
     except (ValueError, OSError):

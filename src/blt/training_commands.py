@@ -153,7 +153,7 @@ def entropies(
     Parameters
     ----------
     model
-        A run folder, a folder in Hugging Face's blt format, or a hub id.
+        A run folder, a folder in Hugging Face's blt or the official release format, or a hub id.
     data
         Files and folders, or stdlib. Default: what the run was trained on.
     raw

@@ -59,7 +59,9 @@ def patch_starts_of_documents(entropies: Entropies, config: PatchingConfig) -> P
 
 def _starts_by_entropy(entropies: Entropies | None, config: PatchingConfig) -> PatchStarts:
     if entropies is None or config.threshold_nats is None:
-        raise ValueError(f"patching rule {config.rule!r} needs entropies and a threshold; calibrate the model first")
+        raise ValueError(
+            f"patching rule {config.rule!r} needs entropies and a threshold; train the model first, which calibrates it"
+        )
     if config.rounded_entropies:
         entropies = rounded_up(entropies)
     return starts_above(entropies, config.threshold_nats, rises=config.rule == "entropy_rise")
