@@ -3,6 +3,7 @@
 Rows hold no EOS: transformers has no document masks.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,3 +352,27 @@ def test_saving_over_a_sharded_model_leaves_nothing_of_it(tmp_path: Path) -> Non
     _, entropy_model, network = load_model(tmp_path, torch.float32)
     assert_equal_weights(named_weights(entropy_model, network), weights)
     assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_plain_forward_pass_of_transformers_works_on_what_we_save(tmp_path: Path) -> None:
+    """Its default, a cache, fails for models of this class; our config.json turns it off."""
+    save_random(tmp_path, SHORT_WINDOWS)
+    theirs = BltForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert theirs(random_row(20, seed=1)).logits.shape == (1, 20, 260)
+
+
+def test_a_model_of_transformers_without_windows_is_read(tmp_path: Path) -> None:
+    """Its files are named as theirs are, though we would save it under our own type."""
+    theirs = transformers_random_model()
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["patcher_config"]["sliding_window"] = None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, entropy_model, _ = load_model(tmp_path, torch.float32)
+    assert inexpressible(config) == ["an entropy model without a window"]
+    assert entropy_model is not None
+    wide, row = BltForCausalLM.from_pretrained(tmp_path).eval(), random_row(40, seed=2)
+    with torch.no_grad():
+        their_entropies, _, _ = wide.model.patcher(row)
+    torch.testing.assert_close(entropy_model.entropies(row)[:, 1:], their_entropies, atol=1e-5, rtol=0)

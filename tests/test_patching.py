@@ -318,7 +318,10 @@ def test_a_rule_without_its_entropies_or_its_threshold_says_what_to_do(rule: str
     ids, entropies, config = random_entropies(rule)
     calibrated = config.model_copy(update={"threshold_nats": 1.0})
     for given_entropies, given_config in ((None, calibrated), (entropies, config)):
-        with pytest.raises(ValueError, match=f"rule '{rule}' needs entropies and a threshold; train the model first, which calibrates it"):
+        with pytest.raises(
+            ValueError,
+            match=f"rule '{rule}' needs entropies and a threshold; train the model first, which calibrates it",
+        ):
             patch_starts(ids, given_entropies, given_config)
 
 
