@@ -132,7 +132,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.plot(megabytes, means, marker="o", markersize=3, label=name)
     axes.set_xlabel("further training, MB")
     axes.set_ylabel("held-out bits per byte")
-    axes.set_ylim(top=3.0)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -142,7 +141,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="../shared/data/train/en_books.00.jsonl.xz", help="text to learn")
-    parser.add_argument("--unseen", default="../shared/data/eval/en_books.test.jsonl.xz", help="text to score")
+    parser.add_argument("--unseen", default="../shared/data/eval/en_books.valid.jsonl.xz", help="text to score")
     parser.add_argument("--unseen-bytes", type=int, default=300_000, help="of it")
     parser.add_argument("--token-bytes", type=int, default=20_000_000, help="that the token model learns from")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="that each BLT learns from")
