@@ -4,6 +4,7 @@
 other windows) is written under our own ``model_type``, which ``transformers`` refuses instead of computing something else.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -84,11 +85,17 @@ def weight_name(name: str) -> str:
     >>> weight_name("network.local_decoder.transformer.layers.0.ffn.up_proj.weight")
     'model.local_decoder.layers.0.mlp.up_proj.weight'
     """
-    for ours, theirs in WEIGHT_NAMES:
-        if name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-            break
-    for ours, theirs in BLOCK_NAMES:
+    return renamed(name, WEIGHT_NAMES, BLOCK_NAMES)
+
+
+def renamed(name: str, prefixes: Iterable[tuple[str, str]], inside: Iterable[tuple[str, str]]) -> str:
+    """A weight's name with the first of the prefixes that fits replaced, then what stands inside it.
+
+    >>> renamed("network.head.norm.weight", [("network.", ""), ("network.head.", "out.")], [(".norm.", ".n.")])
+    'head.n.weight'
+    """
+    name = next((theirs + name.removeprefix(ours) for ours, theirs in prefixes if name.startswith(ours)), name)
+    for ours, theirs in inside:
         name = name.replace(ours, theirs)
     return name
 

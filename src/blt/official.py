@@ -24,7 +24,7 @@ from blt.config import (
     TransformerConfig,
     problems,
 )
-from blt.huggingface import inexpressible
+from blt.huggingface import inexpressible, renamed
 from blt.weights_file import Weight, in_memory, rows_of, stacked
 
 PARAMS, ENTROPY_WEIGHTS = "entropy_model/params.json", "entropy_model/consolidated.pth"
@@ -82,13 +82,7 @@ def weight_name(name: str) -> str:
     >>> weight_name("network.local_decoder.transformer.layers.0.ffn.up_proj.weight")
     'local_decoder.layers.0.feed_forward.w3.weight'
     """
-    for ours, theirs in WEIGHT_NAMES:
-        if name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-            break
-    for ours, theirs in BLOCK_NAMES:
-        name = name.replace(ours, theirs)
-    return name
+    return renamed(name, WEIGHT_NAMES, BLOCK_NAMES)
 
 
 def table_name(index: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from blt.checkpoint import write_whole
 from blt.config import RunConfig, TransformerConfig, validated
 from blt.config_file import to_toml
-from blt.huggingface import BLOCK_NAMES, rope_values
+from blt.huggingface import BLOCK_NAMES, renamed, rope_values
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
 from blt.model.ngram_entropy_model import NgramEntropyModel
@@ -134,9 +134,7 @@ def _their_name(name: str) -> str:
     >>> _their_name("layers.0.attention.q_proj.weight")
     'model.layers.0.self_attn.q_proj.weight'
     """
-    for ours, theirs in BLOCK_NAMES:
-        name = name.replace(ours, theirs)
-    return f"model.{name}"
+    return renamed(name, [("", "model.")], BLOCK_NAMES)
 
 
 def _as_ours(name: str, weight: Weight, config: TransformerConfig, kv_heads: int) -> Weight:
