@@ -167,7 +167,7 @@ def stored_model(folder: Path) -> StoredModel:
     if official.is_official(values):
         return _read_official(folder, values)
     config = huggingface.from_config_json(values, str(folder / "config.json"))
-    shapes = _shapes(config)
+    shapes = weight_shapes(config)
     expected = {huggingface.weight_name(name): shape for name, shape in shapes.items()}
     found: dict[str, Weight] = {}
     is_own = values["model_type"] == huggingface.OWN_MODEL_TYPE
@@ -198,7 +198,7 @@ def _config_json(folder: Path) -> Any:
 def _read_official(folder: Path, values: dict[str, Any]) -> StoredModel:
     found = _official_weights(folder)
     config = official.from_official(values, folder, found)
-    shapes = _shapes(config)
+    shapes = weight_shapes(config)
     expected = official.expected_weights(config, shapes)
     _checked(found, expected, folder)
     _refuse_missing(expected, found, folder)
@@ -242,7 +242,7 @@ def _without_weights(config: ModelConfig) -> tuple[EntropyModel | NgramEntropyMo
         return entropy_model, ByteLatentTransformer(config)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights of a model, under our names."""
     return {name: tuple(weight.shape) for name, weight in named_weights(*_without_weights(config)).items()}
 
