@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blt.byte_ids import BYTE_OFFSET, decode
+from blt.byte_ids import BYTE_OFFSET, decode, encode
 from blt.documents import Document
 from blt.evaluate import Score, compressor_bits_per_byte, evaluate_inputs, score_documents, total_score, windows
 from blt.progress import Reporter
@@ -27,7 +27,7 @@ def uniform(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @given(st.binary(min_size=1, max_size=60), st.integers(2, 20))
 def test_windows_score_each_byte_once_with_half_a_window_of_context(data: bytes, window_bytes: int) -> None:
     scored = b""
-    for window in windows(data, window_bytes):
+    for window in windows(encode(data), window_bytes):
         assert len(window.ids) <= window_bytes
         assert window.ids[0] == 1
         before = decode(window.ids[: window.first_scored])

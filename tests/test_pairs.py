@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, decode
+from blt.byte_ids import BOE, BOS, BYTE_OFFSET, EOS, decode, encode
 from blt.corpus import (
     ByteShard,
     build_shards,
@@ -164,10 +164,11 @@ def uniform(ids: ByteIds) -> tuple[Logits, None, PatchStarts]:
 @given(st.binary(min_size=1, max_size=40), st.integers(2, 20), st.integers(0, 39))
 def test_windows_score_each_byte_after_the_prompt_once(data: bytes, window_bytes: int, prompt: int) -> None:
     prompt = min(prompt, len(data))
-    scored = [window.ids[window.first_scored :] for window in windows(data, window_bytes, prompt)]
+    scored = [window.ids[window.first_scored :] for window in windows(encode(data), window_bytes, prompt)]
     assert decode([i for ids in scored for i in ids]) == data[prompt:]
     assert all(
-        0 < window.first_scored < len(window.ids) <= window_bytes for window in windows(data, window_bytes, prompt)
+        0 < window.first_scored < len(window.ids) <= window_bytes
+        for window in windows(encode(data), window_bytes, prompt)
     )
 
 

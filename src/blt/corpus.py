@@ -161,7 +161,7 @@ def _add_last(last: Document, train: _SplitWriter, held_out: _SplitWriter, held_
 class ByteShard:
     """The documents of one split, end to end, memory-mapped."""
 
-    data: NDArray[np.uint8]
+    data: NDArray[np.uint8] | NDArray[np.uint16]  # wider than bytes: the units of a model that is compared with
     offsets: NDArray[np.int64]  # where each document begins in ``data``, and at last where the data ends
     split: Split
     fingerprint: str  # of the corpus

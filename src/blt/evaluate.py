@@ -74,18 +74,18 @@ class Window:
     first_scored: int  # index into ids
 
 
-def windows(data: bytes, window_bytes: int, prompt_bytes: int = 0) -> Iterator[Window]:
+def windows(ids: list[int], window_bytes: int, prompt_bytes: int = 0) -> Iterator[Window]:
     """Overlapping rows of at most ``window_bytes`` ids that score each byte of a document, its prompt left out, once.
 
     Every row begins with BOS; all but the first score only their second half, so each byte has at least half a window
     of context, or all there is before it in the document.
 
-    >>> [(len(w.ids), w.first_scored) for w in windows(b"abcdefgh", 5)]
+    >>> [(len(w.ids), w.first_scored) for w in windows(encode("abcdefgh"), 5)]
     [(5, 1), (5, 3), (5, 3)]
-    >>> [(len(w.ids), w.first_scored) for w in windows(b"abcdefgh", 5, prompt_bytes=5)]
+    >>> [(len(w.ids), w.first_scored) for w in windows(encode("abcdefgh"), 5, prompt_bytes=5)]
     [(5, 4), (5, 3)]
     """
-    ids, first = encode(data), 1 + prompt_bytes
+    first = 1 + prompt_bytes
     scored, half = min(len(ids), window_bytes), max(1, window_bytes // 2)
     if first < scored:
         yield Window(ids[:scored], first)
@@ -97,17 +97,25 @@ def windows(data: bytes, window_bytes: int, prompt_bytes: int = 0) -> Iterator[W
         scored = end
 
 
-@torch.no_grad()
 def score_documents(
+    predict: Predictor, documents: Sequence[bytes], window_bytes: int, device: torch.device, **options: Any
+) -> list[Score]:
+    """One score per document; options as in ``score_ids``."""
+    return score_ids(predict, [encode(data) for data in documents], window_bytes, device, **options)
+
+
+@torch.no_grad()
+def score_ids(
     predict: Predictor,
-    documents: Sequence[bytes],
+    documents: Sequence[list[int]],
     window_bytes: int,
     device: torch.device,
     batch_ids: int = 8192,
     on_scored: Callable[[int], None] = lambda num_bytes: None,
     prompt_bytes: Sequence[int] | None = None,
 ) -> list[Score]:
-    """One score per document, ``batch_ids`` positions at a time; ``on_scored`` hears how many bytes each batch scored.
+    """One score per document of ids, BOS first, ``batch_ids`` positions at a time; ``on_scored`` hears how many bytes each
+    batch scored.
 
     EOS is not scored, nor are each document's first ``prompt_bytes``: bits of bytes over number of bytes.
     """
@@ -115,9 +123,9 @@ def score_documents(
     prompts = prompt_bytes or [0] * len(documents)
     rows = (
         (index, window)
-        for index, (data, prompt) in enumerate(zip(documents, prompts, strict=True))
-        if data
-        for window in windows(data, window_bytes, prompt)
+        for index, (ids, prompt) in enumerate(zip(documents, prompts, strict=True))
+        if len(ids) > 1
+        for window in windows(ids, window_bytes, prompt)
     )
     while batch := list(islice(rows, max(1, batch_ids // window_bytes))):
         longest = max(len(window.ids) for _, window in batch)

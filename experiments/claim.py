@@ -1,0 +1,106 @@
+"""What the scripts of all claims share: their options, the list of runs to do, and the file of results."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from contenders import HERE, Contender, machine, run
+from texts import mixed, paths_of
+
+BUDGETS = {
+    "smoke": 100_000,
+    "minutes": 5_000_000,
+    "hour": 30_000_000,
+    "longer": 200_000_000,
+}  # bytes that a run learns from
+HELD_OUT_BYTES = {"smoke": 40_000, "minutes": 300_000, "hour": 300_000, "longer": 1_000_000}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run to do: a contender by its name, a text mix, a seed."""
+
+    name: str
+    contender: Contender
+    mix: str
+    seed: int
+    train_bytes: int
+    flops: float  # per byte, forward
+
+    def folder(self, work: Path) -> Path:
+        size = f"{self.train_bytes / 1e6:g}MB"
+        return work / "runs" / self.mix / size / f"{self.name.replace(', ', '.').replace(' ', '_')}.{self.seed}"
+
+
+def options(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The arguments of every claim's script."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with train/ and eval/")
+    parser.add_argument(
+        "--budget", choices=tuple(BUDGETS), default="smoke", help="smoke: 5 minutes in all; minutes, hour: a run"
+    )
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", help="runs whose names hold one of these words")
+    parser.add_argument("--dtype", default="auto", help="of matrix products: auto (measured), float32, bfloat16")
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="where runs are kept, and found again")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.json")
+    return parser
+
+
+def train_text(chosen: argparse.Namespace, mix: str, num_bytes: int) -> Path:
+    """The text that all contenders learn from."""
+    file = chosen.work / "texts" / f"{mix}.train.{num_bytes}.jsonl"
+    return mixed(paths_of(chosen.data, mix, "train"), num_bytes, file)
+
+
+def test_texts(chosen: argparse.Namespace, mix: str) -> dict[str, Path]:
+    """The held-out text of a mix, one for each of its sources, of equal size."""
+    paths, num_bytes = paths_of(chosen.data, mix, "test"), HELD_OUT_BYTES[chosen.budget]
+    share = num_bytes // len(paths)
+    return {
+        path.name.split(".jsonl")[0].split(".txt")[0]: mixed(
+            [path], share, chosen.work / "texts" / f"{path.name}.{share}.jsonl"
+        )
+        for path in paths
+    }
+
+
+def do(plans: Iterable[Plan], chosen: argparse.Namespace, found: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Do all runs that are not done; ``found`` hears of all that are after each."""
+    plans = list(plans)
+    for plan in plans:
+        if chosen.only and not any(word in f"{plan.name} {plan.mix} seed {plan.seed}" for word in chosen.only):
+            continue
+        text, held_out = train_text(chosen, plan.mix, plan.train_bytes), test_texts(chosen, plan.mix)
+        figures = run(plan.contender, text, held_out, plan.folder(chosen.work), plan.flops, plan.seed, chosen.dtype)
+        mean = mean_bits(figures)
+        print(f"{plan.mix}, {plan.name}, seed {plan.seed}, {figures['train_bytes']:,} bytes: {mean:.4f}", flush=True)
+        found(done(plans, chosen.work))
+
+
+def done(plans: Iterable[Plan], work: Path) -> list[dict[str, Any]]:
+    """What is known of those runs that are done."""
+    files = [(plan, plan.folder(work) / "result.json") for plan in plans]
+    return [
+        {"mix": plan.mix, "name": plan.name, "mean_bits_per_byte": mean_bits(figures), **figures}
+        for plan, file in files
+        if file.exists()
+        for figures in [json.loads(file.read_text())]
+    ]
+
+
+def mean_bits(figures: Mapping[str, Any]) -> float:
+    """Over the held-out texts of a mix, each with the same weight."""
+    bits = figures["bits_per_byte"].values()
+    return sum(bits) / len(bits)
+
+
+def write(out: Path, content: Mapping[str, Any]) -> None:
+    """The results, with what made them."""
+    command = f"python experiments/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"command": command, "machine": machine(), **content}, indent=2) + "\n")

@@ -1,0 +1,137 @@
+"""Do larger patches with a larger latent transformer scale better, at the same inference FLOPs per byte?
+
+Patches of 4, 6 and 8 bytes, each with the latent transformer that brings the whole model to the same FLOPs per byte, and a
+token model of as many, learn from three amounts of text.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from claim import Plan, do, done, options, test_texts, write
+from contenders import CONTENDERS, documents_of, load, reference_flops, scores
+
+POINTS = {
+    "smoke": (30_000, 60_000, 120_000),
+    "minutes": (1_500_000, 5_000_000, 15_000_000),
+    "hour": (4_000_000, 12_000_000, 36_000_000),
+    "longer": (20_000_000, 60_000_000, 200_000_000),
+}
+LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}  # by patch size: about as deep, so wider where a latent step has more to spend
+TIMED_BYTES, TURNS = 40_000, 3
+
+
+def contenders() -> dict[str, Any]:
+    of_patches = {
+        f"BLT, patches of {size}": CONTENDERS["BLT, entropy"].but(
+            calibration__target_patch_bytes=float(size),
+            model__latent__width=width,
+            model__latent__num_heads=width // 64,
+            model__latent__ffn_width=width * 11 // 4,
+        )
+        for size, width in LATENT_WIDTHS.items()
+    }
+    return {**of_patches, "BPE": CONTENDERS["BPE"]}
+
+
+def plans(budget: str, seeds: int) -> Iterator[Plan]:
+    for seed in range(seeds):
+        for num_bytes in POINTS[budget]:
+            for name, contender in contenders().items():
+                yield Plan(name, contender, "english", seed, num_bytes, reference_flops())
+
+
+def bytes_per_second(folders: Mapping[str, Path], text: Path) -> dict[str, float]:
+    """How fast each model reads held-out text: they take turns, and the median of three counts."""
+    models = {name: load(folder) for name, folder in folders.items()}
+    excerpt = documents_of(text)[0][:TIMED_BYTES]
+    excerpt = excerpt.decode("utf-8", "ignore").encode()
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(TURNS):
+        for name, model in models.items():
+            begin = time.perf_counter()
+            scores(model, [excerpt])
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: len(excerpt) / sorted(of)[TURNS // 2] for name, of in seconds.items()}
+
+
+def crossings(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The bytes of training from which a patch size is better than patches of 4, between two points on straight lines in the
+    logarithm of bytes; None: nowhere in what was measured.
+    """
+    curves = {name: curve(runs, name) for name in contenders()}
+    found = {}
+    for name in ("BLT, patches of 6", "BLT, patches of 8", "BPE"):
+        found[name] = crossing(curves["BLT, patches of 4"], curves[name])
+    return found
+
+
+def curve(runs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Bytes and bits per byte, the mean of the seeds, in order of bytes."""
+    points: dict[int, list[float]] = {}
+    for run in runs:
+        if run["name"] == name:
+            points.setdefault(run["train_bytes"], []).append(run["mean_bits_per_byte"])
+    return sorted((float(num_bytes), sum(bits) / len(bits)) for num_bytes, bits in points.items())
+
+
+def crossing(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> float | None:
+    """Where the second curve falls below the first, both given at the same bytes.
+
+    >>> crossing([(10, 2.0), (1000, 1.0)], [(10, 2.1), (1000, 0.9)])
+    100.0
+    >>> crossing([(10, 2.0), (1000, 1.0)], [(10, 2.1), (1000, 1.1)])
+    """
+    gaps = [(num_bytes, theirs - ours) for (num_bytes, ours), (_, theirs) in zip(first, second, strict=False)]
+    for (before, gap), (after, next_gap) in pairwise(gaps):
+        if gap > 0 >= next_gap:
+            share = gap / (gap - next_gap)
+            return round(before * (after / before) ** share, 6)
+    return None
+
+
+def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Held-out bits per byte against bytes of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
+    for name in contenders():
+        points = curve(runs, name)
+        axes.plot([b / 1e6 for b, _ in points], [bits for _, bits in points], marker="o", markersize=4, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("training text, MB")
+    axes.set_ylabel("held-out bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = options(__doc__, "fixed_inference_flops")
+    chosen = parser.parse_args()
+    wanted = list(plans(chosen.budget, chosen.seeds))
+
+    def found(runs: list[dict[str, Any]], speeds: Mapping[str, float] | None = None) -> None:
+        figures = {"crosses_patches_of_4_at_bytes": crossings(runs), "bytes_per_second": speeds}
+        write(chosen.out, {"budget": chosen.budget, **figures, "runs": runs})
+        draw(runs, chosen.out.with_suffix(".png"))
+
+    try:
+        do(wanted, chosen, found)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    largest = {
+        p.name: p.folder(chosen.work) for p in wanted if p.seed == 0 and p.train_bytes == POINTS[chosen.budget][-1]
+    }
+    if all((folder / "result.json").exists() for folder in largest.values()):
+        found(done(wanted, chosen.work), bytes_per_second(largest, next(iter(test_texts(chosen, "english").values()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Can a Byte Latent Transformer spell, and edit words by their letters, where a token model cannot?
+
+Both learn from questions in the words of CUTE's prompts (arXiv 2409.15452), made from a list of English words without those
+that CUTE asks about, and answer CUTE's own.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from claim import BUDGETS, options, train_text, write
+from contenders import CONTENDERS, load, reference_flops, run
+from token_transformer import TokenModel
+
+from blt.benchmark_files import find_files
+from blt.byte_ids import BOE, encode
+from blt.documents import read_documents
+from blt.language_model import LanguageModel
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+COMPARED = ("BLT, entropy", "BPE")
+QUESTIONS_A_DOCUMENT = 12
+RANDOM_WORDS = 0.1  # of the words in questions are strings of random letters
+ROWS_AT_ONCE = 16
+Question = tuple[tuple[str, ...], str]  # what the prompt asks about, and the answer
+
+
+def spelled(word: str, chance: random.Random) -> Question:
+    """
+    >>> spelled("the", random.Random(0))
+    (('the',), 't h e')
+    """
+    return (word,), " ".join(word)
+
+
+def unspelled(word: str, chance: random.Random) -> Question:
+    return (" ".join(word),), word
+
+
+def contains(word: str, chance: random.Random) -> Question:
+    letter = chance.choice(word if chance.random() < 0.5 else [*set(LETTERS) - set(word)])
+    return (letter, word), "Yes" if letter in word else "No"
+
+
+def inserted(word: str, chance: random.Random) -> Question:
+    new, after = chance.choice(LETTERS), chance.choice(word)
+    return (new, after, word), word.replace(after, after + new)
+
+
+def deleted(word: str, chance: random.Random) -> Question:
+    letter = chance.choice(word)
+    return (letter, word), word.replace(letter, "")
+
+
+def substituted(word: str, chance: random.Random) -> Question:
+    old, new = chance.choice(word), chance.choice(LETTERS)
+    return (old, new, word), word.replace(old, new)
+
+
+def swapped(word: str, chance: random.Random) -> Question:
+    """Two letters that the word has once each change places; a word without such letters is asked about as ``spelled``'s.
+
+    >>> swapped("no", random.Random(0))
+    (('n', 'o', 'no'), 'on')
+    """
+    once = [letter for letter in word if word.count(letter) == 1]
+    first, second = chance.sample(once, 2)
+    return (first, second, word), word.translate(str.maketrans({first: second, second: first}))
+
+
+TASKS: dict[str, Callable[[str, random.Random], Question]] = {
+    "spell": spelled,
+    "spell_inverse": unspelled,
+    "contains_char": contains,
+    "ins_char": inserted,
+    "del_char": deleted,
+    "sub_char": substituted,
+    "swap_char": swapped,
+}
+
+
+def can_be_swapped(word: str) -> bool:
+    return sum(word.count(letter) == 1 for letter in word) >= 2
+
+
+def word_list(text: Path, held_out: set[str]) -> list[str]:
+    """Words of 2 to 14 small letters that a text has twice or more, without those held out."""
+    counts: Counter[str] = Counter()
+    for document in read_documents([text]):
+        counts.update(re.findall(r"\b[a-z]{2,14}\b", document.data.decode("utf-8", "replace")))
+    return sorted(
+        word for word, number in counts.items() if number > 1 and word not in held_out and can_be_swapped(word)
+    )
+
+
+def documents(prompts: Mapping[str, str], words: Sequence[str], num_bytes: int, seed: int) -> Iterator[str]:
+    """Texts of one task each: its prompt with the four examples, then questions with their answers."""
+    chance = random.Random(seed)
+    while num_bytes > 0:
+        name = chance.choice([*TASKS])
+        introduction, _, question = prompts[name].rpartition("Question:")
+        asked = []
+        for _ in range(QUESTIONS_A_DOCUMENT):
+            word = chance.choice(words)
+            if chance.random() < RANDOM_WORDS:
+                word = "".join(chance.sample(LETTERS, chance.randint(2, 14)))
+            arguments, answer = TASKS[name](word, chance)
+            asked.append(f'Question:{question.format(*arguments)} Answer: "{answer}"\n')
+        text = introduction + "".join(asked)
+        num_bytes -= len(text)
+        yield text
+
+
+def cute(data: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
+    """CUTE's prompts, and the questions of all its files by their name."""
+    archive = data / "eval" / "cute.tar.xz"
+    (prompts,) = (json.loads(content) for content in find_files(archive, "prompts.json").values())
+    questions = {}
+    for path, table in find_files(archive, "*.tsv").items():
+        lines = [line.split("\t") for line in table.decode().strip("\n").split("\n")[1:]]
+        questions[Path(path).stem] = [(tuple(arguments), answer) for *arguments, answer in lines]
+    return prompts, questions
+
+
+@torch.no_grad()
+def bytes_right(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Whether a model's greedy answer is the right one: each of its bytes, the closing quote included, is the likeliest."""
+    found = []
+    for begin in range(0, len(prompts), ROWS_AT_ONCE):
+        pairs = list(zip(prompts[begin : begin + ROWS_AT_ONCE], answers[begin : begin + ROWS_AT_ONCE], strict=True))
+        rows = [encode(prompt + answer + '"') for prompt, answer in pairs]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [BOE] * (longest - len(row)) for row in rows])
+        likeliest = lm.predict(ids)[0].argmax(-1)
+        for (prompt, _), row, best in zip(pairs, rows, likeliest, strict=True):
+            first = len(encode(prompt))
+            found.append(best[first - 1 : len(row) - 1].tolist() == row[first:])
+    return found
+
+
+def tokens_right(model: TokenModel, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Whether a token model's greedy answer reads as the right one, in whatever tokens it writes it."""
+    return [
+        model.greedy(prompt.encode(), len(answer) + 2, stop=b'"') == answer.encode()
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def measure(
+    folder: Path, prompts: Mapping[str, str], questions: Mapping[str, list[Question]], most: int
+) -> dict[str, float]:
+    """The share of right answers for each of CUTE's files; kept in the folder."""
+    file = folder / f"cute.{most}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    model = load(folder)
+    for name, listed in questions.items():
+        if name in found:
+            continue
+        prompt = prompts[name.removesuffix("_rand")]
+        asked = [prompt.format(*arguments) + ' Answer: "' for arguments, _ in listed[:most]]
+        answers = [answer for _, answer in listed[:most]]
+        right = (
+            bytes_right(model, asked, answers)
+            if isinstance(model, LanguageModel)
+            else tokens_right(model, asked, answers)
+        )
+        found[name] = sum(right) / len(right)
+        print(f"{folder.name} {name}: {found[name]:.1%}", flush=True)
+        file.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A bar for each task and model; the tasks that were taught come first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(12, 4))
+    names = [*TASKS, *(f"{name}_rand" for name in TASKS if name != "spell_rand")]
+    for place, model in enumerate(models):
+        at = [index + place * 0.8 / len(models) for index in range(len(names))]
+        axes.bar(at, [100 * model["cute"][name] for name in names], 0.8 / len(models), label=model["name"])
+    axes.set_xticks(range(len(names)), names, rotation=60)
+    axes.set_ylabel("right answers, %")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = options(__doc__, "spelling")
+    parser.add_argument("--bytes", type=int, help="that each learns from, instead of the budget's")
+    chosen = parser.parse_args()
+    num_bytes, most = chosen.bytes or BUDGETS[chosen.budget], 20 if chosen.budget == "smoke" else 1000
+    try:
+        prompts, questions = cute(chosen.data)
+        held_out = {text for listed in questions.values() for arguments, _ in listed for text in arguments}
+        words = word_list(train_text(chosen, "english", 10_000_000), held_out)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    text = chosen.work / "texts" / f"spelling.{num_bytes}.jsonl"
+    if not text.exists():
+        text.write_text(
+            "".join(json.dumps({"text": made}) + "\n" for made in documents(prompts, words, num_bytes, seed=0))
+        )
+    models = []
+    for seed in range(chosen.seeds):
+        for name in COMPARED:
+            if chosen.only and not any(word in name for word in chosen.only):
+                continue
+            contender = CONTENDERS[name].but(training__row_bytes=1024, training__rows_per_step=4)
+            folder = chosen.work / "runs" / "spelling" / f"{num_bytes / 1e6:g}MB" / f"{name.replace(', ', '.')}.{seed}"
+            figures = run(contender, text, {}, folder, reference_flops(), seed, chosen.dtype)
+            models.append({"name": name, "cute": measure(folder, prompts, questions, most), **figures})
+            write(chosen.out, {"budget": chosen.budget, "words": len(words), "questions": most, "models": models})
+            draw(models, chosen.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

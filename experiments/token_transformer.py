@@ -1,0 +1,208 @@
+"""What Byte Latent Transformers are compared with: one plain transformer over tokens of a BPE, or over bytes.
+
+It is built from the package's own layers and trained by its own loop, so that two contenders differ in what they are and
+in nothing else. Ids are those of bytes: 0 padding, 1 BOS, 2 EOS, then the tokens from 4 on.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from blt.byte_ids import BOS, BYTE_OFFSET, document_ids, encode
+from blt.config import TrainingConfig, TransformerConfig
+from blt.corpus import ByteShard
+from blt.evaluate import Score, score_ids
+from blt.flops import token_model_flops_per_byte
+from blt.model.linear import Linear
+from blt.model.norm import RMSNorm
+from blt.model.transformer import Transformer, initialise
+from blt.optimise import Job, Loss, Metrics, next_id_loss, optimise, stop_after_this_step
+from blt.progress import Reporter
+
+CPU = torch.device("cpu")
+
+
+class TokenTransformer(nn.Module):
+    """Embedding, transformer, norm, untied head."""
+
+    def __init__(self, config: TransformerConfig, num_ids: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_ids, config.width)
+        self.transformer = Transformer(config)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.head = Linear(config.width, num_ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.head(self.norm(self.transformer(self.embedding(ids), document_ids(ids))))
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+@dataclass(frozen=True, eq=False)
+class TokenModel:
+    """A transformer and how it reads text: by the tokenizer, or without one byte by byte."""
+
+    network: TokenTransformer
+    config: TransformerConfig
+    tokenizer: Tokenizer | None
+    window_ids: int  # positions of a row in training, and in scoring
+
+    @property
+    def num_ids(self) -> int:
+        return num_ids(self.tokenizer)
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.numel() for weight in self.network.parameters())
+
+    def ids(self, text: bytes) -> list[int]:
+        """BOS, then the text's tokens. Raises ValueError for bytes that are not UTF-8, which a tokenizer cannot read."""
+        if self.tokenizer is None:
+            return encode(text)
+        return [BOS, *(BYTE_OFFSET + token for token in self.tokenizer.encode(text.decode("utf-8")).ids)]
+
+    def scores(self, documents: Sequence[bytes], prompts: Sequence[bytes] | None = None) -> list[Score]:
+        """The bits of each document, after its prompt, over its bytes; its patches are its tokens."""
+        self.network.eval()
+        before = [self.ids(prompt) for prompt in prompts or [b""] * len(documents)]
+        rows = [prompt + self.ids(document)[1:] for prompt, document in zip(before, documents, strict=True)]
+        found = score_ids(
+            self._predict, rows, self.window_ids, CPU, prompt_bytes=[len(prompt) - 1 for prompt in before]
+        )
+        return [
+            Score(bytes=len(document), bits=score.bits, patches=score.bytes)
+            for document, score in zip(documents, found, strict=True)
+        ]
+
+    @torch.no_grad()
+    def greedy(self, prompt: bytes, max_tokens: int, stop: bytes) -> bytes:
+        """What the model writes after a prompt, up to the bytes ``stop``, read anew for every token."""
+        assert self.tokenizer is not None
+        ids, written = self.ids(prompt), b""
+        begin = len(ids)
+        while len(ids) < begin + max_tokens and stop not in written:
+            ids.append(int(self.network(torch.tensor([ids]))[0, -1, BYTE_OFFSET:].argmax()) + BYTE_OFFSET)
+            written = self.tokenizer.decode([number - BYTE_OFFSET for number in ids[begin:]]).encode()
+        return written.partition(stop)[0]
+
+    def _predict(self, ids: Tensor) -> tuple[Tensor, None, Tensor]:
+        return self.network(ids), None, torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
+
+
+def num_ids(tokenizer: Tokenizer | None) -> int:
+    return BYTE_OFFSET + (256 if tokenizer is None else tokenizer.get_vocab_size())
+
+
+def learned_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> Tokenizer:
+    """A byte-level BPE of these texts, split as GPT-2 splits them; kept in the file."""
+    if file.exists():
+        return Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(file))
+    return tokenizer
+
+
+def in_tokens(shard: ByteShard, tokenizer: Tokenizer) -> ByteShard:
+    """The shard's documents in tokens. Its "bytes" are tokens from here on: rows are cut, shuffled and read as bytes are."""
+    texts = [document.data.decode("utf-8", "replace") for document in shard.documents()]
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    offsets = np.cumsum([0, *map(len, encoded)])
+    tokens = np.concatenate([np.array(ids, dtype=np.uint16) for ids in encoded])
+    return replace(shard, data=tokens, offsets=offsets)
+
+
+def equal_flops_config(
+    like: TransformerConfig, wanted: float, row_bytes: int, bytes_per_token: float, vocabulary: int
+) -> TransformerConfig:
+    """A transformer of this width whose forward pass, its head with it, costs ``wanted`` FLOPs per byte.
+
+    As many layers as come nearest, then a feed-forward width, a multiple of 8, that makes up for the rest.
+    """
+
+    def distance(config: TransformerConfig) -> float:
+        return abs(token_model_flops_per_byte(config, row_bytes, bytes_per_token, vocabulary) / wanted - 1)
+
+    deep = min((like.model_copy(update={"num_layers": layers}) for layers in range(1, 100)), key=distance)
+    found = min(
+        (deep.model_copy(update={"ffn_width": width}) for width in range(8, 4 * like.ffn_width, 8)), key=distance
+    )
+    if distance(found) > 0.01:
+        raise ValueError(f"no transformer of width {like.width} costs {wanted:.3g} FLOPs per byte")
+    return found
+
+
+def train_token_model(
+    folder: Path,
+    shard: ByteShard,
+    held_out: Sequence[bytes],
+    config: TransformerConfig,
+    tokenizer: Tokenizer | None,
+    training: TrainingConfig,
+    reporter: Reporter,
+) -> TokenModel:
+    """Train on a shard, of bytes or tokens, or go on where the folder was left."""
+    torch.manual_seed(training.seed)
+    model = TokenModel(TokenTransformer(config, num_ids(tokenizer)), config, tokenizer, training.row_bytes)
+    initialise(model.network, torch.Generator().manual_seed(training.seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    per_id = 3 * token_model_flops_per_byte(config, training.row_bytes, 1, num_ids(tokenizer))
+
+    def loss(inputs: Tensor, targets: Tensor, _: Tensor | None) -> Loss:
+        nats = next_id_loss(model.network(inputs), targets)
+        return Loss(nats, nats, patches=0)
+
+    def evaluate() -> dict[str, Any]:
+        scores = model.scores(held_out)
+        bits, num_bytes = sum(score.bits for score in scores), sum(score.bytes for score in scores)
+        return {"valid_bits_per_byte": bits / max(1, num_bytes)}
+
+    def save() -> None:
+        save_file(model.network.state_dict(), folder / "model.safetensors")
+
+    job = Job("network", model.network, training, folder / "state", loss, evaluate, save, lambda _: per_id)
+    with stop_after_this_step() as stop_requested:
+        optimise(job, shard, Metrics(folder / "metrics.jsonl"), reporter, stop_requested)
+    shape = {"config": config.model_dump(), "window_ids": training.row_bytes, "tokenizer": tokenizer is not None}
+    (folder / "model.json").write_text(json.dumps(shape, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def load_token_model(folder: Path) -> TokenModel:
+    """What ``train_token_model`` left in a folder."""
+    shape = json.loads((folder / "model.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")) if shape["tokenizer"] else None
+    config = TransformerConfig.model_validate(shape["config"])
+    network = TokenTransformer(config, num_ids(tokenizer))
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return TokenModel(network.eval(), config, tokenizer, shape["window_ids"])
+
+
+def training_flops(model: TokenModel, row_bytes: int, bytes_per_id: float) -> float:
+    """Of one byte of text, forward and backward."""
+    return 3 * token_model_flops_per_byte(model.config, row_bytes, bytes_per_id, model.num_ids)
+
+
+def ids_per_row(row_bytes: int, bytes_per_id: float) -> int:
+    """Positions that hold as many bytes of text as a row of bytes does.
+
+    >>> ids_per_row(512, 4.0), ids_per_row(512, 1.0)
+    (128, 512)
+    """
+    return math.ceil(row_bytes / bytes_per_id)

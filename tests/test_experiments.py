@@ -1,0 +1,225 @@
+"""The claims' scripts compare like with like: the same text, the same FLOPs, bits that are summed over the same bytes."""
+
+import importlib
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blt.corpus import BatchReader, build_shards, open_shard
+from blt.documents import Document
+from blt.flops import flops_per_byte, token_model_flops_per_byte
+from blt.progress import Reporter
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+TEXT = "The cat sat on the mat, and the dog sat on the cat; naïve ones were 貓.\n"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a file of the experiments folder, which is no package, by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with all files of the mixes, of a few sentences."""
+    folder = tmp_path_factory.mktemp("data")
+    chance = random.Random(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        mixes = importlib.import_module("texts").MIXES
+    for parts in mixes.values():
+        for part, names in parts.items():
+            for name in names:
+                file = folder / ("train" if part == "train" else "eval") / name.removesuffix(".xz")
+                file.parent.mkdir(exist_ok=True)
+                texts = [" ".join(chance.choices(TEXT.split(), k=60)) for _ in range(20)]
+                rows = "".join(json.dumps({"text": text, "lang": "en"}) + "\n" for text in texts)
+                file.write_text(rows if ".jsonl" in name else "\n".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            mixes,
+            "english",
+            {part: tuple(n.removesuffix(".xz") for n in names) for part, names in mixes["english"].items()},
+        )
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def tokens(script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small token model that nobody trained, with a tokenizer of TEXT."""
+    module = script("token_transformer")
+    tokenizer = module.learned_bpe([TEXT], 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+    config = script("contenders").TransformerConfig(num_layers=2, width=16, num_heads=2)
+    torch.manual_seed(0)
+    network = module.TokenTransformer(config, module.num_ids(tokenizer)).eval()
+    return module.TokenModel(network, config, tokenizer, 32)
+
+
+def test_the_bits_of_tokens_are_those_of_a_plain_sum_over_bytes_of_text(tokens: Any) -> None:
+    ids = tokens.ids(TEXT.encode())
+    with torch.no_grad():
+        logits = tokens.network(torch.tensor([ids]))[0]
+    nats = -sum(float(logits[place - 1].log_softmax(-1)[ids[place]]) for place in range(1, len(ids)))
+    (score,) = tokens.scores([TEXT.encode()])
+    assert len(ids) <= tokens.window_ids
+    assert score.bits == pytest.approx(nats / math.log(2), rel=1e-5)
+    assert (score.bytes, score.patches) == (len(TEXT.encode()), len(ids) - 1)
+
+
+def test_what_follows_a_prompt_costs_what_it_adds_to_it(tokens: Any) -> None:
+    whole, before, after = TEXT[:30].encode(), TEXT[:11].encode(), TEXT[11:30].encode()
+    assert tokens.ids(before) + tokens.ids(after)[1:] == tokens.ids(whole)
+    (together,), (first,) = tokens.scores([whole]), tokens.scores([before])
+    (rest,) = tokens.scores([after], [before])
+    assert rest.bits == pytest.approx(together.bits - first.bits, rel=1e-5)
+    assert rest.bytes == len(after)
+
+
+def test_every_token_of_a_long_text_is_scored_once(tokens: Any) -> None:
+    (score,) = tokens.scores([(TEXT * 9).encode()])
+    assert score.patches == len(tokens.ids((TEXT * 9).encode())) - 1 > 3 * tokens.window_ids
+
+
+def test_a_shard_in_tokens_holds_the_same_text(
+    script: Callable[[str], ModuleType], tokens: Any, tmp_path: Path
+) -> None:
+    documents = [Document(str(number), (TEXT * (number + 1)).encode()) for number in range(6)]
+    build_shards(documents, tmp_path / "corpus", 0.2)
+    shard = open_shard(tmp_path / "corpus", "train")
+    units = script("token_transformer").in_tokens(shard, tokens.tokenizer)
+    for document, index in zip(shard.documents(), range(units.num_documents), strict=True):
+        cut = units.data[units.offsets[index] : units.offsets[index + 1]]
+        assert tokens.tokenizer.decode(cut.tolist()).encode() == document.data
+    rows = BatchReader(units, 16, 2, seed=0).next_batch()
+    assert rows.max() < tokens.num_ids
+
+
+def test_a_token_model_learns_resumes_and_loads_as_it_was_saved(
+    script: Callable[[str], ModuleType], tokens: Any, tmp_path: Path
+) -> None:
+    module, contenders = script("token_transformer"), script("contenders")
+    documents = [Document(str(number), (TEXT * 8).encode() + bytes([65 + number])) for number in range(6)]
+    build_shards(documents, tmp_path / "corpus", 0.2)
+    shard = module.in_tokens(open_shard(tmp_path / "corpus", "train"), tokens.tokenizer)
+    training = contenders.TrainingConfig(
+        total_bytes=2000, row_bytes=16, rows_per_step=4, learning_rate=1e-2, warmup_steps=2, dtype="float32"
+    )
+    with Reporter(quiet=True) as reporter:
+        arguments = (shard, [TEXT.encode()], tokens.config, tokens.tokenizer, training, reporter)
+        trained = module.train_token_model(tmp_path / "run", *arguments)
+        again = module.train_token_model(tmp_path / "run", *arguments)
+    loaded = module.load_token_model(tmp_path / "run")
+    (before,), (after,) = tokens.scores([TEXT.encode()]), trained.scores([TEXT.encode()])
+    assert after.bits < 0.8 * before.bits
+    assert loaded.scores([TEXT.encode()]) == again.scores([TEXT.encode()]) == [after]
+
+
+def test_greedy_writing_takes_the_likeliest_token_each_time(tokens: Any) -> None:
+    prompt = b"The cat"
+    written = tokens.greedy(prompt, 3, stop=b"\0")
+    ids = tokens.ids(prompt)
+    for _ in range(3):
+        with torch.no_grad():
+            ids.append(int(tokens.network(torch.tensor([ids]))[0, -1, 4:].argmax()) + 4)
+    assert written == tokens.tokenizer.decode([number - 4 for number in ids[-3:]]).encode()
+    assert tokens.greedy(prompt, 3, stop=written[-1:]) == written.partition(written[-1:])[0]
+
+
+@pytest.mark.parametrize("patch_bytes", [4.0, 4.5, 6.0, 8.0])
+def test_contenders_cost_the_same_flops(script: Callable[[str], ModuleType], patch_bytes: float) -> None:
+    contenders = script("contenders")
+    wanted, config = contenders.reference_flops(), contenders.read_run_config(contenders.CONFIG)
+    model = contenders.sized(config.model, patch_bytes, wanted, 512)
+    assert flops_per_byte(model, patch_bytes, 512).inference == pytest.approx(wanted, rel=0.01)
+    for width, bytes_per_id, vocabulary in ((192, 1.0, 260), (256, patch_bytes, 4100)):
+        like = contenders.TransformerConfig(num_layers=1, width=width, num_heads=4)
+        found = contenders.equal_flops_config(like, wanted, 512, bytes_per_id, vocabulary)
+        assert token_model_flops_per_byte(found, 512, bytes_per_id, vocabulary) == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_mix_has_an_equal_share_of_each_file_and_is_written_once(
+    script: Callable[[str], ModuleType], data: Path, tmp_path: Path
+) -> None:
+    texts = script("texts")
+    paths = texts.paths_of(data, "english", "train")
+    file = texts.mixed(paths, 3000, tmp_path / "mix.jsonl")
+    rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert sum(len(row.encode()) for row in rows) == pytest.approx(3000, abs=10)
+    file.write_text("mine\n")
+    assert texts.mixed(paths, 3000, tmp_path / "mix.jsonl").read_text() == "mine\n"
+    with pytest.raises(FileNotFoundError, match="--data"):
+        texts.paths_of(tmp_path, "english", "train")
+
+
+@given(st.text("abcdefghij", min_size=2, max_size=14), st.integers(0, 2**32))
+def test_answers_about_letters_are_right(word: str, seed: int) -> None:
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        spelling = importlib.import_module("spelling")
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+    chance = random.Random(seed)
+    for name, make in spelling.TASKS.items():
+        if name == "swap_char" and not spelling.can_be_swapped(word):
+            continue
+        arguments, answer = make(word, chance)
+        first, second = (*arguments, "")[:2]
+        naive = {
+            "spell": "".join(letter + " " for letter in word)[:-1],
+            "spell_inverse": "".join(letter for letter in first if letter != " "),
+            "contains_char": "Yes" if any(letter == first for letter in word) else "No",
+            "ins_char": "".join(letter + first * (letter == second) for letter in word),
+            "del_char": "".join(letter for letter in word if letter != first),
+            "sub_char": "".join(second if letter == first else letter for letter in word),
+            "swap_char": "".join({first: second, second: first}.get(letter, letter) for letter in word),
+        }
+        assert answer == naive[name]
+
+
+def test_misspellings_are_those_of_the_list_and_nothing_else_changes(script: Callable[[str], ModuleType]) -> None:
+    noise = script("under_noise")
+    known = noise.misspellings("teh->the\nthw->the, thaw\nadn->and\n")
+    text = "The cat and the dog. " * 50
+    wrong = noise.with_typos(known)(text, 0)
+    assert wrong == noise.with_typos(known)(text, 0)
+    words = set(wrong.replace(".", "").split())
+    assert words == {"The", "the", "cat", "dog", "and", "Teh", "teh", "Thw", "thw", "adn"}
+    share = sum(word in ("Teh", "teh", "Thw", "thw", "adn") for word in wrong.split()) / 150
+    assert share == pytest.approx(0.25, abs=0.1)
+
+
+def test_a_claim_is_measured_and_read_again(
+    script: Callable[[str], ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of the first claim, at a size at which it says nothing."""
+    claim, first = script("claim"), script("as_good_as_tokens")
+    monkeypatch.setitem(claim.BUDGETS, "smoke", 9000)
+    monkeypatch.setitem(claim.HELD_OUT_BYTES, "smoke", 1500)
+    monkeypatch.setattr(first, "MIXES", {"english": None})
+    arguments = ["--data", str(data), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["as_good_as_tokens.py", *arguments, "--dtype", "float32"])
+    first.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (tmp_path / "found.png").stat().st_size > 1000
+    runs = {run["name"]: run for run in found["runs"]}
+    assert set(runs) == set(script("contenders").CONTENDERS) == set(found["bits_per_byte"]["english"])
+    flops = [run["inference_flops_per_byte"] for run in runs.values()]
+    assert max(flops) < 1.15 * min(flops)  # patches of so short a text are seldom of the size asked for
+    assert len({run["train_bytes"] for run in runs.values()}) == 1
+    assert all(np.isfinite(list(run["bits_per_byte"].values())).all() for run in runs.values())
+    first.main()
+    assert json.loads((tmp_path / "found.json").read_text()) == found
