@@ -128,27 +128,29 @@ def cute(data: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
 
 
 @torch.no_grad()
-def bytes_right(lm: LanguageModel, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether a model's greedy answer is the right one: each of its bytes, the closing quote included, is the likeliest."""
+def answered_right(model: LanguageModel | TokenModel, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Whether a model's greedy answer is the right one: each of its ids, the closing quote included, is the likeliest.
+
+    A token model may write the right answer in other tokens than the tokenizer's; where the likeliest differ, it writes.
+    """
     found = []
     for begin in range(0, len(prompts), ROWS_AT_ONCE):
         pairs = list(zip(prompts[begin : begin + ROWS_AT_ONCE], answers[begin : begin + ROWS_AT_ONCE], strict=True))
-        rows = [encode(prompt + answer + '"') for prompt, answer in pairs]
+        before = [ids_of(model, prompt) for prompt, _ in pairs]
+        rows = [ids_of(model, f'{prompt}{answer}"') for prompt, answer in pairs]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [BOE] * (longest - len(row)) for row in rows])
-        likeliest = lm.predict(ids)[0].argmax(-1)
-        for (prompt, _), row, best in zip(pairs, rows, likeliest, strict=True):
-            first = len(encode(prompt))
-            found.append(best[first - 1 : len(row) - 1].tolist() == row[first:])
+        logits = model.network(ids) if isinstance(model, TokenModel) else model.predict(ids)[0]
+        for (prompt, answer), first, row, best in zip(pairs, before, rows, logits.argmax(-1), strict=True):
+            right = row[: len(first)] == first and best[len(first) - 1 : len(row) - 1].tolist() == row[len(first) :]
+            if not right and isinstance(model, TokenModel):
+                right = model.greedy(prompt.encode(), len(answer) + 2, stop=b'"') == answer.encode()
+            found.append(right)
     return found
 
 
-def tokens_right(model: TokenModel, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether a token model's greedy answer reads as the right one, in whatever tokens it writes it."""
-    return [
-        model.greedy(prompt.encode(), len(answer) + 2, stop=b'"') == answer.encode()
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+def ids_of(model: LanguageModel | TokenModel, text: str) -> list[int]:
+    return model.ids(text.encode()) if isinstance(model, TokenModel) else encode(text)
 
 
 def measure(
@@ -164,11 +166,7 @@ def measure(
         prompt = prompts[name.removesuffix("_rand")]
         asked = [prompt.format(*arguments) + ' Answer: "' for arguments, _ in listed[:most]]
         answers = [answer for _, answer in listed[:most]]
-        right = (
-            bytes_right(model, asked, answers)
-            if isinstance(model, LanguageModel)
-            else tokens_right(model, asked, answers)
-        )
+        right = answered_right(model, asked, answers)
         found[name] = sum(right) / len(right)
         print(f"{folder.name} {name}: {found[name]:.1%}", flush=True)
         file.write_text(json.dumps(found, indent=2) + "\n")

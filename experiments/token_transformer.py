@@ -22,6 +22,7 @@ from blt.config import TrainingConfig, TransformerConfig
 from blt.corpus import ByteShard
 from blt.evaluate import Score, score_ids
 from blt.flops import token_model_flops_per_byte
+from blt.model.kv_cache import KeyValueCache, Span
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer, initialise
@@ -42,7 +43,11 @@ class TokenTransformer(nn.Module):
         self.head = Linear(config.width, num_ids)
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits = self.head(self.norm(self.transformer(self.embedding(ids), document_ids(ids))))
+        return self.predict(self.transformer(self.embedding(ids), document_ids(ids)))
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Logits, from the last layer's states."""
+        logits = self.head(self.norm(states))
         assert isinstance(logits, Tensor)
         return logits
 
@@ -65,10 +70,10 @@ class TokenModel:
         return sum(weight.numel() for weight in self.network.parameters())
 
     def ids(self, text: bytes) -> list[int]:
-        """BOS, then the text's tokens. Raises ValueError for bytes that are not UTF-8, which a tokenizer cannot read."""
+        """BOS, then the text's tokens; a tokenizer reads what is not UTF-8 as U+FFFD."""
         if self.tokenizer is None:
             return encode(text)
-        return [BOS, *(BYTE_OFFSET + token for token in self.tokenizer.encode(text.decode("utf-8")).ids)]
+        return [BOS, *(BYTE_OFFSET + token for token in self.tokenizer.encode(text.decode("utf-8", "replace")).ids)]
 
     def scores(self, documents: Sequence[bytes], prompts: Sequence[bytes] | None = None) -> list[Score]:
         """The bits of each document, after its prompt, over its bytes; its patches are its tokens."""
@@ -85,13 +90,17 @@ class TokenModel:
 
     @torch.no_grad()
     def greedy(self, prompt: bytes, max_tokens: int, stop: bytes) -> bytes:
-        """What the model writes after a prompt, up to the bytes ``stop``, read anew for every token."""
+        """What the model writes after a prompt, up to the bytes ``stop``; keys and values are kept."""
         assert self.tokenizer is not None
-        ids, written = self.ids(prompt), b""
-        begin = len(ids)
-        while len(ids) < begin + max_tokens and stop not in written:
-            ids.append(int(self.network(torch.tensor([ids]))[0, -1, BYTE_OFFSET:].argmax()) + BYTE_OFFSET)
-            written = self.tokenizer.decode([number - BYTE_OFFSET for number in ids[begin:]]).encode()
+        cache, new, tokens = KeyValueCache(self.config, 1, CPU, torch.float32), self.ids(prompt), list[int]()
+        num_ids, written = 0, b""
+        while len(tokens) < max_tokens and stop not in written:
+            place = cache.place([0], [Span(num_ids, [0] * len(new))], len(new))
+            states = self.network.transformer.extend(self.network.embedding(torch.tensor([new])), (cache, place))
+            num_ids += len(new)
+            new = [int(self.network.predict(states[:, -1:])[0, -1, BYTE_OFFSET:].argmax()) + BYTE_OFFSET]
+            tokens.append(new[0] - BYTE_OFFSET)
+            written = self.tokenizer.decode(tokens).encode()
         return written.partition(stop)[0]
 
     def _predict(self, ids: Tensor) -> tuple[Tensor, None, Tensor]:

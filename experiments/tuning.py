@@ -4,8 +4,10 @@ Every contender gets the same care: its learning rates, rows per step, shape, an
 """
 
 import argparse
+import json
 from pathlib import Path
 
+from claim import write
 from contenders import HERE, Contender, reference_flops, run
 from texts import MIXES, mixed, paths_of
 
@@ -70,9 +72,16 @@ def main() -> None:
     for name, contender in TRIALS.items():
         if options.only and not any(word in name for word in options.only):
             continue
-        folder = options.work / "tuning" / options.mix / name.replace(", ", ".").replace(" ", "_")
+        folder = folder_of(name, options)
         found = run(contender, text, {"valid": valid}, folder, reference_flops(), dtype=options.dtype)
         print(f"{name}: {found['bits_per_byte']['valid']:.4f}", flush=True)
+    folders = {name: folder_of(name, options) / "result.json" for name in TRIALS}
+    trials = {name: json.loads(file.read_text()) for name, file in folders.items() if file.exists()}
+    write(options.out, {"mix": options.mix, "trials": trials})
+
+
+def folder_of(name: str, options: argparse.Namespace) -> Path:
+    return options.work / "tuning" / options.mix / name.replace(", ", ".").replace(" ", "_")
 
 
 if __name__ == "__main__":

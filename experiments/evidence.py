@@ -1,0 +1,169 @@
+"""Writes the tables of docs/evidence.md anew from the results; ``--check`` only says whether they are those of the results."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "evidence.md"
+Results = Mapping[str, Any]
+
+
+def lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    >>> print(lines(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    return "\n".join("| " + " | ".join(row) + " |" if row else "|" + "---|" * len(heads) for row in (heads, [], *rows))
+
+
+def tuning(found: Results) -> str:
+    rows = [
+        [name, f"{trial['bits_per_byte']['valid']:.4f}", f"{trial['train_seconds']:.0f}"]
+        for name, trial in found["trials"].items()
+    ]
+    return lines(["trial", "bits per byte", "seconds"], rows)
+
+
+def as_good_as_tokens(found: Results) -> str:
+    rows = []
+    groups: dict[tuple[str, int, str], list[Results]] = {}
+    for run in found["runs"]:
+        groups.setdefault((run["mix"], run["train_bytes"], run["name"]), []).append(run)
+    for (mix, train_bytes, name), runs in groups.items():
+        bits = [run["mean_bits_per_byte"] for run in runs]
+        ours = [run["mean_bits_per_byte"] for run in groups.get((mix, train_bytes, "BLT, entropy"), [])]
+        seeds = ", ".join(f"{value:.4f}" for value in bits)
+        above = f"{100 * (mean(bits) / mean(ours) - 1):+.1f}%" if ours else ""
+        flops = f"{mean([run['inference_flops_per_byte'] for run in runs]) / 1e6:.2f}"
+        seconds = f"{mean([run['train_seconds'] for run in runs]):.0f}"
+        unit = f"{mean([mean(run['unit_bytes'].values()) for run in runs]):.2f}"
+        million = f"{runs[0]['parameters']['total'] / 1e6:.1f}"
+        rows.append([mix, f"{train_bytes / 1e6:.1f}", name, seeds, above, flops, million, unit, seconds])
+    heads = [
+        "text",
+        "MB",
+        "contender",
+        "bits per byte",
+        "above BLT",
+        "MFLOPs/byte",
+        "M parameters",
+        "bytes/unit",
+        "seconds",
+    ]
+    return lines(heads, rows)
+
+
+def under_noise(found: Results) -> str:
+    names = list(dict.fromkeys(model["name"] for model in found["models"]))
+    of = {name: [model["noises"] for model in found["models"] if model["name"] == name] for name in names}
+
+    def average(name: str, noise: str, figure: str) -> float:
+        return mean([noises[noise][figure] for noises in of[name]])
+
+    rows = []
+    for noise in of[names[0]][0]:
+        cells = [noise]
+        for name in names:
+            bits, clean = (average(name, which, "bits_per_clean_byte") for which in (noise, "clean"))
+            judged, word = average(name, noise, "blimp"), average(name, noise, "last_word_bits")
+            more = "" if noise == "clean" else f" ({bits - clean:+.3f})"
+            cells.append(f"{bits:.3f}{more}, {100 * judged:.1f}%, {word:.1f}")
+        rows.append(cells)
+    return lines(["text", *names], rows)
+
+
+def languages(found: Results) -> str:
+    bits, kinds = found["bits"], found["presence"]
+    rows = []
+    for kind in ("present", "rare", "absent", "script"):
+        texts = [text for text, own in kinds.items() if own == kind]
+        ratios = [bits["BLT, entropy"][text] / bits["BPE"][text] for text in texts]
+        below = sum(ratio < 1 for ratio in ratios)
+        worst = texts[ratios.index(max(ratios))]
+        rows.append(
+            [kind, str(len(texts)), f"{mean(ratios):.3f}", f"{below} of {len(texts)}", f"{max(ratios):.3f} ({worst})"]
+        )
+    return lines(["in training", "texts", "bits of BLT / BPE, mean", "BLT below BPE", "highest"], rows)
+
+
+def spelling(found: Results) -> str:
+    models = found["models"]
+    rows = [[task, *(f"{100 * model['cute'][task]:.1f}" for model in models)] for task in models[0]["cute"]]
+    return lines(["task of CUTE", *(model["name"] for model in models)], rows)
+
+
+def fixed_inference_flops(found: Results) -> str:
+    names = list(dict.fromkeys(run["name"] for run in found["runs"]))
+    sizes = sorted({run["train_bytes"] for run in found["runs"]})
+    rows = []
+    for name in names:
+        runs = [run for run in found["runs"] if run["name"] == name]
+        at = [[run["mean_bits_per_byte"] for run in runs if run["train_bytes"] == size] for size in sizes]
+        flops = f"{mean([run['inference_flops_per_byte'] for run in runs]) / 1e6:.2f}"
+        speed = (found.get("bytes_per_second") or {}).get(name)
+        unit = f"{mean([run['train_unit_bytes'] for run in runs]):.2f}"
+        rows.append(
+            [name, *(f"{mean(bits):.4f}" if bits else "" for bits in at), unit, flops, f"{speed:,.0f}" if speed else ""]
+        )
+    return lines(
+        ["contender", *(f"{size / 1e6:.1f} MB" for size in sizes), "bytes/unit", "MFLOPs/byte", "bytes/s read"], rows
+    )
+
+
+def ablations(found: Results) -> str:
+    names = list(dict.fromkeys(run["name"] for run in found["runs"]))
+    base = {run["seed"]: run["mean_bits_per_byte"] for run in found["runs"] if run["name"] == "as it is"}
+    rows = []
+    for name in names:
+        runs = [run for run in found["runs"] if run["name"] == name]
+        more = [f"{100 * (run['mean_bits_per_byte'] / base[run['seed']] - 1):+.2f}%" for run in runs]
+        bits = ", ".join(f"{run['mean_bits_per_byte']:.4f}" for run in runs)
+        million = f"{runs[0]['parameters']['network'] / 1e6:.1f}"
+        rows.append([name, bits, ", ".join(more), million, f"{runs[0]['train_flops_per_byte'] / 1e6:.2f}"])
+    return lines(["variant", "bits per byte", "against as it is", "M parameters", "training MFLOPs/byte"], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    table.__name__: table
+    for table in (tuning, as_good_as_tokens, under_noise, languages, spelling, fixed_inference_flops, ablations)
+}
+
+
+def mean(values: Any) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def with_tables(page: str, results: Path) -> str:
+    """The page with every table between ``<!-- table NAME -->`` and ``<!-- end -->`` made from results/NAME.json, or, for
+    ``NAME of FILE``, from results/FILE.json.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name, _, file = match[1].partition(" of ")
+        found = json.loads((results / f"{file or name}.json").read_text())
+        return f"<!-- table {match[1]} -->\n{TABLES[name](found)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w ]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    chosen = parser.parse_args()
+    before = PAGE.read_text()
+    after = with_tables(before, HERE / "results")
+    if chosen.check and after != before:
+        parser.error(f"tables of {PAGE.name} are not those of the results; run experiments/evidence.py")
+    PAGE.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
