@@ -1,7 +1,7 @@
 """Do larger patches with a larger latent transformer scale better, at the same inference FLOPs per byte?
 
-Patches of 4, 6 and 8 bytes, each with the latent transformer that brings the whole model to the same FLOPs per byte, and a
-token model of as many, learn from three amounts of text.
+Patches of 4, 6 and 8 bytes, each with the latent transformer that brings the whole model to the same FLOPs per byte, a token
+model of as many, and a Byte Latent Transformer of half as many learn from three amounts of text.
 """
 
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from claim import Plan, do, done, options, test_texts, write
-from contenders import CONTENDERS, documents_of, load, reference_flops, scores
+from contenders import CONTENDERS, Contender, documents_of, load, reference_flops, scores
 
 POINTS = {
     "smoke": (30_000, 60_000, 120_000),
@@ -23,7 +23,11 @@ LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}  # by patch size: about as deep, so wid
 TIMED_BYTES, TURNS = 40_000, 3
 
 
-def contenders() -> dict[str, Any]:
+HALF = "BLT of half the FLOPs"
+
+
+def contenders() -> dict[str, Contender]:
+    """By name; all but one are brought to the same FLOPs."""
     of_patches = {
         f"BLT, patches of {size}": CONTENDERS["BLT, entropy"].but(
             calibration__target_patch_bytes=float(size),
@@ -33,14 +37,22 @@ def contenders() -> dict[str, Any]:
         )
         for size, width in LATENT_WIDTHS.items()
     }
-    return {**of_patches, "BPE": CONTENDERS["BPE"]}
+    # local parts of half the FLOPs, too
+    local = {"width": 96, "num_heads": 2, "ffn_width": 256, "window_positions": 512}
+    half = CONTENDERS["BLT, entropy"].but(
+        calibration__target_patch_bytes=6.0,
+        model__local_encoder={"num_layers": 1, **local},
+        model__local_decoder={"num_layers": 2, **local},
+    )
+    return {**of_patches, "BPE": CONTENDERS["BPE"], HALF: half}
 
 
 def plans(budget: str, seeds: int) -> Iterator[Plan]:
     for seed in range(seeds):
         for num_bytes in POINTS[budget]:
             for name, contender in contenders().items():
-                yield Plan(name, contender, "english", seed, num_bytes, reference_flops())
+                flops = reference_flops() / (2 if name == HALF else 1)
+                yield Plan(name, contender, "english", seed, num_bytes, flops)
 
 
 def bytes_per_second(folders: Mapping[str, Path], text: Path) -> dict[str, float]:
@@ -63,7 +75,7 @@ def crossings(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """
     curves = {name: curve(runs, name) for name in contenders()}
     found = {}
-    for name in ("BLT, patches of 6", "BLT, patches of 8", "BPE"):
+    for name in ("BLT, patches of 6", "BLT, patches of 8", "BPE", HALF):
         found[name] = crossing(curves["BLT, patches of 4"], curves[name])
     return found
 

@@ -223,3 +223,10 @@ def test_a_claim_is_measured_and_read_again(
     assert all(np.isfinite(list(run["bits_per_byte"].values())).all() for run in runs.values())
     first.main()
     assert json.loads((tmp_path / "found.json").read_text()) == found
+
+
+def test_tables_of_the_evidence_are_those_of_the_results(script: Callable[[str], ModuleType]) -> None:
+    evidence = script("evidence")
+    page = evidence.PAGE.read_text()
+    assert evidence.with_tables(page, EXPERIMENTS / "results") == page
+    assert "<!-- table" in page
