@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from claim import HELD_OUT_BYTES, Plan, done, mean_bits, options, test_texts, train_text, write
+from claim import HELD_OUT_BYTES, Plan, done, mean_bits, options, subplots, test_texts, train_text, write
 from contenders import CONTENDERS, Contender, load, reference_flops, run
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def main() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     for plan in wanted:
-        if chosen.only and not any(word in f"{plan.name} seed {plan.seed}" for word in chosen.only):
+        if chosen.only and not any(words in plan.label for words in chosen.only):
             continue
         with changed_code(plan.name):
             figures = run(
@@ -190,14 +190,9 @@ def drifting(name: str) -> bool:
 
 def draw(runs: Sequence[Mapping[str, Any]], drifts: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
     """Bits more than the model as it is, by variant; and how patches change along a text that repeats itself."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = [name for name in VARIANTS if any(run["name"] == name for run in runs)]
     base = {run["seed"]: run["mean_bits_per_byte"] for run in runs if run["name"] == "as it is"}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6))
+    figure, (left, right) = subplots(1, 2, figsize=(13, 6))
     for place, name in enumerate(names):
         more = [100 * (run["mean_bits_per_byte"] / base[run["seed"]] - 1) for run in runs if run["name"] == name]
         left.barh(place, sum(more) / len(more), color="lightsteelblue")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from claim import BUDGETS, Plan, do, options, write
+from claim import BUDGETS, Plan, do, options, subplots, write
 from contenders import CONTENDERS, reference_flops
 from texts import MIXES
 
@@ -30,13 +30,8 @@ def table(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """A bar per contender and mix; each seed is a dot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     means = table(runs)
-    figure, panels = pyplot.subplots(1, len(means), figsize=(3.4 * len(means), 3.8), squeeze=False)
+    figure, panels = subplots(1, len(means), figsize=(3.4 * len(means), 3.8), squeeze=False)
     for axes, (mix, of) in zip(panels[0], means.items(), strict=True):
         names = [name for name in CONTENDERS if name in of]
         colours = [

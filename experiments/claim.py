@@ -13,7 +13,7 @@ from texts import mixed, paths_of
 
 BUDGETS = {
     "smoke": 100_000,
-    "minutes": 5_000_000,
+    "minutes": 4_000_000,
     "hour": 30_000_000,
     "longer": 200_000_000,
 }  # bytes that a run learns from
@@ -31,6 +31,11 @@ class Plan:
     train_bytes: int
     flops: float  # per byte, forward
 
+    @property
+    def label(self) -> str:
+        """What ``--only`` looks into."""
+        return f"{self.mix}, {self.name}, seed {self.seed}"
+
     def folder(self, work: Path) -> Path:
         size = f"{self.train_bytes / 1e6:g}MB"
         return work / "runs" / self.mix / size / f"{self.name.replace(', ', '.').replace(' ', '_')}.{self.seed}"
@@ -44,7 +49,7 @@ def options(description: str | None, name: str) -> argparse.ArgumentParser:
         "--budget", choices=tuple(BUDGETS), default="smoke", help="smoke: 5 minutes in all; minutes, hour: a run"
     )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", help="runs whose names hold one of these words")
+    parser.add_argument("--only", nargs="*", help="runs whose labels, as they are printed, hold one of these")
     parser.add_argument("--dtype", default="auto", help="of matrix products: auto (measured), float32, bfloat16")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="where runs are kept, and found again")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.json")
@@ -73,12 +78,12 @@ def do(plans: Iterable[Plan], chosen: argparse.Namespace, found: Callable[[list[
     """Do all runs that are not done; ``found`` hears of all that are after each."""
     plans = list(plans)
     for plan in plans:
-        if chosen.only and not any(word in f"{plan.name} {plan.mix} seed {plan.seed}" for word in chosen.only):
+        if chosen.only and not any(words in plan.label for words in chosen.only):
             continue
         text, held_out = train_text(chosen, plan.mix, plan.train_bytes), test_texts(chosen, plan.mix)
         figures = run(plan.contender, text, held_out, plan.folder(chosen.work), plan.flops, plan.seed, chosen.dtype)
         mean = mean_bits(figures)
-        print(f"{plan.mix}, {plan.name}, seed {plan.seed}, {figures['train_bytes']:,} bytes: {mean:.4f}", flush=True)
+        print(f"{plan.label}, {figures['train_bytes']:,} bytes: {mean:.4f}", flush=True)
         found(done(plans, chosen.work))
 
 
@@ -104,3 +109,13 @@ def write(out: Path, content: Mapping[str, Any]) -> None:
     command = f"python experiments/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"command": command, "machine": machine(), **content}, indent=2) + "\n")
+
+
+def subplots(*rows_and_columns: int, **options: Any) -> tuple[Any, Any]:
+    """A figure that is drawn into a file, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*rows_and_columns, **options)

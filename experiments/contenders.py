@@ -7,6 +7,7 @@ a run that was cut goes on, one that is done is read.
 import json
 import os
 import platform
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,14 +61,19 @@ class Contender:
         return Contender(self.kind, settings, own.get("width", self.width), own.get("vocabulary", self.vocabulary))
 
 
-CONTENDERS = {
-    "BLT, entropy": Contender("blt"),
-    "BLT, space": Contender("blt", {"model.patching.rule": "space", "model.entropy_model": None}),
-    "BLT, fixed 4": Contender(
-        "blt", {"model.patching.rule": "fixed", "model.patching.patch_bytes": 4, "model.entropy_model": None}
+BLT = Contender("blt", {"model.hash_embeddings.table_rows": 65_536, "training.rows_per_step": 4})
+CONTENDERS = {  # as tuning.py found them
+    "BLT, entropy": BLT,
+    "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
+    "BLT, fixed 4": BLT.but(model__patching__rule="fixed", model__patching__patch_bytes=4, model__entropy_model=None),
+    "bytes": Contender(
+        "bytes",
+        {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2, "training.rows_per_step": 4},
+        width=192,
     ),
-    "bytes": Contender("bytes", width=192),
-    "BPE": Contender("bpe", width=320, vocabulary=4096),
+    "BPE": Contender(
+        "bpe", {"training.learning_rate": 1e-3, "training.table_learning_rate": 6e-2}, width=384, vocabulary=4096
+    ),
 }
 
 
@@ -110,6 +116,8 @@ def run(
         "machine": machine(),
     }
     result.write_text(json.dumps(figures, indent=2) + "\n")
+    for state in list(folder.glob("**/state")):  # what only a run that goes on needs, three times the size of its model
+        shutil.rmtree(state)
     return figures
 
 

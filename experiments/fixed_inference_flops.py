@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from claim import Plan, do, done, options, test_texts, write
+from claim import Plan, do, done, options, subplots, test_texts, write
 from contenders import CONTENDERS, Contender, documents_of, load, reference_flops, scores
 
 POINTS = {
@@ -106,12 +106,7 @@ def crossing(first: Sequence[tuple[float, float]], second: Sequence[tuple[float,
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Held-out bits per byte against bytes of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
+    figure, axes = subplots(figsize=(6.5, 4.2))
     for name in contenders():
         points = curve(runs, name)
         axes.plot([b / 1e6 for b, _ in points], [bits for _, bits in points], marker="o", markersize=4, label=name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from claim import subplots
 from small_llama import train_token_model
 
 from blt import corpus
@@ -119,12 +120,7 @@ def excerpt(path: str, num_bytes: int, file: Path) -> Path:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Held-out bits per byte against further bytes, the mean of the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = subplots(figsize=(7, 4.5))
     for name, runs in results["contenders"].items():
         curves = [[bits for _, bits in run["curve"]] for run in runs]
         megabytes = [num_bytes / 1e6 for num_bytes, _ in runs[0]["curve"]]

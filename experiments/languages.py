@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, done, options, write
+from claim import do, done, options, subplots, write
 from contenders import load, scores
 from texts import paths_of
 
@@ -76,23 +76,17 @@ def mean_bits(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 def draw(bits: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], path: Path) -> None:
     """What BLT needs of the bits that BPE needs, by language and script."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     colours = {"present": "tab:blue", "rare": "tab:green", "absent": "tab:red", "script": "tab:purple"}
     ratios = {text: bits["BLT, entropy"][text] / bits["BPE"][text] for text in bits["BPE"]}
     texts = sorted(ratios, key=lambda text: (list(colours).index(kinds[text]), ratios[text]))
-    figure, axes = pyplot.subplots(figsize=(13, 4))
+    figure, axes = subplots(figsize=(13, 4))
     axes.bar(texts, [ratios[text] - 1 for text in texts], bottom=1, color=[colours[kinds[text]] for text in texts])
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel("bits of BLT / bits of BPE")
     axes.tick_params(axis="x", rotation=90, labelsize=7)
-    axes.legend(
-        handles=[pyplot.Rectangle((0, 0), 1, 1, color=colour, label=kind) for kind, colour in colours.items()],
-        fontsize=8,
-    )
+    for kind, colour in colours.items():
+        axes.bar(texts[:1], 0, bottom=1, color=colour, label=kind)
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claim import BUDGETS, options, train_text, write
+from claim import BUDGETS, options, subplots, train_text, write
 from contenders import CONTENDERS, load, reference_flops, run
 from token_transformer import TokenModel
 
@@ -175,12 +175,7 @@ def measure(
 
 def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A bar for each task and model; the tasks that were taught come first."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(12, 4))
+    figure, axes = subplots(figsize=(12, 4))
     names = [*TASKS, *(f"{name}_rand" for name in TASKS if name != "spell_rand")]
     for place, model in enumerate(models):
         at = [index + place * 0.8 / len(models) for index in range(len(names))]

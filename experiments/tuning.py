@@ -19,6 +19,7 @@ BPE = Contender(
 BYTES = Contender("bytes", {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2}, width=192)
 # the second round begins with what was best of the first
 BLT_2 = BLT.but(model__hash_embeddings__table_rows=65536, training__rows_per_step=4)
+BYTES_2 = BYTES.but(training__rows_per_step=4)
 BPE_2 = BPE.but(training__table_learning_rate=6e-2, width=384)
 TRIALS = {
     "BLT": BLT,
@@ -55,6 +56,9 @@ TRIALS = {
     "BLT 2, 8 rows, patches of 5.5": BLT_2.but(training__rows_per_step=8, calibration__target_patch_bytes=5.5),
     "BLT 2, tables of 262k": BLT_2.but(model__hash_embeddings__table_rows=262_144),
     "BLT 2, rate 2e-3": BLT_2.but(training__learning_rate=2e-3),
+    "bytes 2, 2 rows": BYTES_2.but(training__rows_per_step=2),
+    "bytes 2, rate 1e-3": BYTES_2.but(training__learning_rate=1e-3),
+    "bytes 2, rate 3e-3": BYTES_2.but(training__learning_rate=3e-3),
     "BPE 2": BPE_2,
     "BPE 2, table rate 2e-1": BPE_2.but(training__table_learning_rate=2e-1),
     "BPE 2, width 512": BPE_2.but(width=512),

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, done, options, test_texts, write
+from claim import do, done, options, subplots, test_texts, write
 from contenders import documents_of, load, scores
 
 from blt.benchmark_files import find_files
@@ -128,14 +128,9 @@ def table(models: Sequence[Mapping[str, Any]], figure: str) -> dict[str, dict[st
 
 def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
     """How many more bits each noise costs, and what is left of the grammatical judgements."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     bits, judged = table(models, "bits_per_clean_byte"), table(models, "blimp")
     noises = [noise for noise in next(iter(bits.values())) if noise != "clean"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = subplots(1, 2, figsize=(11, 4))
     width = 0.8 / len(bits)
     for place, name in enumerate(bits):
         at = [index + place * width for index in range(len(noises))]

@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_models, tiny_config
 
+from blt.byte_ids import encode
 from blt.corpus import BatchReader, build_shards, open_shard
 from blt.documents import Document
 from blt.flops import flops_per_byte, token_model_flops_per_byte
@@ -230,3 +232,21 @@ def test_tables_of_the_evidence_are_those_of_the_results(script: Callable[[str],
     page = evidence.PAGE.read_text()
     assert evidence.with_tables(page, EXPERIMENTS / "results") == page
     assert "<!-- table" in page
+
+
+def test_changed_code_computes_something_else_and_only_while_it_lasts(script: Callable[[str], ModuleType]) -> None:
+    ablations = script("ablations")
+    torch.manual_seed(0)
+    _, network = random_models(tiny_config())
+    ids = torch.tensor([encode(TEXT)])
+    starts = torch.arange(ids.shape[1] + 1)[None] % 3 < 2
+    with torch.no_grad():
+        before = network(ids, starts)
+        names = [*ablations.CHANGED_CODE, "no cross-attention at all"]
+        assert set(names) < set(ablations.VARIANTS)
+        for name in names:
+            with ablations.changed_code(name):
+                changed = network(ids, starts)
+            assert changed.isfinite().all()
+            assert not torch.allclose(changed, before)
+            assert torch.equal(network(ids, starts), before)
