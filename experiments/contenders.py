@@ -62,6 +62,7 @@ class Contender:
 
 
 BLT = Contender("blt", {"model.hash_embeddings.table_rows": 65_536, "training.rows_per_step": 4})
+BPE_RATES = {"training.learning_rate": 1e-3, "training.table_learning_rate": 6e-2}
 CONTENDERS = {  # as tuning.py found them
     "BLT, entropy": BLT,
     "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
@@ -71,9 +72,8 @@ CONTENDERS = {  # as tuning.py found them
         {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2, "training.rows_per_step": 4},
         width=192,
     ),
-    "BPE": Contender(
-        "bpe", {"training.learning_rate": 1e-3, "training.table_learning_rate": 6e-2}, width=384, vocabulary=4096
-    ),
+    "BPE": Contender("bpe", BPE_RATES, width=512, vocabulary=4096),
+    "BPE of 8k": Contender("bpe", BPE_RATES, width=384, vocabulary=8192),
 }
 
 

@@ -21,6 +21,8 @@ BYTES = Contender("bytes", {"training.learning_rate": 2e-3, "training.table_lear
 BLT_2 = BLT.but(model__hash_embeddings__table_rows=65536, training__rows_per_step=4)
 BYTES_2 = BYTES.but(training__rows_per_step=4)
 BPE_2 = BPE.but(training__table_learning_rate=6e-2, width=384)
+BPE_3 = BPE_2.but(width=512, vocabulary=8192)
+WIDE = {"width": 192, "num_heads": 3, "ffn_width": 512, "window_positions": 512}
 TRIALS = {
     "BLT": BLT,
     "BLT, rate 2e-3": BLT.but(training__learning_rate=2e-3),
@@ -56,14 +58,25 @@ TRIALS = {
     "BLT 2, 8 rows, patches of 5.5": BLT_2.but(training__rows_per_step=8, calibration__target_patch_bytes=5.5),
     "BLT 2, tables of 262k": BLT_2.but(model__hash_embeddings__table_rows=262_144),
     "BLT 2, rate 2e-3": BLT_2.but(training__learning_rate=2e-3),
+    "BLT 2, windows of 128": BLT_2.but(
+        model__local_encoder__window_positions=128, model__local_decoder__window_positions=128
+    ),
     "bytes 2, 2 rows": BYTES_2.but(training__rows_per_step=2),
     "bytes 2, rate 1e-3": BYTES_2.but(training__learning_rate=1e-3),
     "bytes 2, rate 3e-3": BYTES_2.but(training__learning_rate=3e-3),
+    "BLT 2, n-grams of 2 to 8": BLT_2.but(model__hash_embeddings__ngram_bytes=[2, 3, 4, 5, 6, 7, 8]),
+    "BLT 2, local parts of 192, decoder of 1": BLT_2.but(
+        model__local_encoder={"num_layers": 1, **WIDE}, model__local_decoder={"num_layers": 1, **WIDE}
+    ),
     "BPE 2": BPE_2,
     "BPE 2, table rate 2e-1": BPE_2.but(training__table_learning_rate=2e-1),
     "BPE 2, width 512": BPE_2.but(width=512),
     "BPE 2, vocabulary 8192": BPE_2.but(vocabulary=8192),
     "BPE 2, rate 5e-4": BPE_2.but(training__learning_rate=5e-4),
+    "BPE 3": BPE_3,
+    "BPE 3, vocabulary 12288": BPE_3.but(vocabulary=12_288),
+    "BPE 3, width 640": BPE_3.but(width=640),
+    "BPE 3, 4 rows": BPE_3.but(training__rows_per_step=4),
 }
 
 
