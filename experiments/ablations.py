@@ -68,6 +68,8 @@ VARIANTS: dict[str, Contender] = {
     "n-gram patcher of 4": BLT.but(model__entropy_model__max_order=4),
     "n-gram patcher of 8": BLT.but(model__entropy_model__max_order=8),
     "patches where entropy rises": BLT.but(model__patching__rule="entropy_rise"),
+    "patches at spaces": CONTENDERS["BLT, space"],
+    "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
 }  # fmt: skip
 
 
@@ -97,10 +99,11 @@ def first_layer_only(self: LocalDecoder, latent_states: Tensor) -> list[tuple[Te
 
 
 def latent_added(
-    self: DecoderCrossAttention, byte_states: Tensor, keys: Tensor, values: Tensor, read: Tensor
+    self: DecoderCrossAttention, byte_states: Tensor, keys: Tensor, values: Tensor, read: Tensor | None = None
 ) -> Tensor:
     """In the place of the decoder's cross-attention: the latent's projection is added to the byte, without a choice."""
-    mixed = values.mean(1).flatten(1).index_select(0, read)
+    mixed = values.mean(1).flatten(1)
+    mixed = mixed if read is None else mixed.index_select(0, read)
     return (2 * byte_states.flatten(0, 1) + self.o_proj(mixed)).view_as(byte_states)
 
 

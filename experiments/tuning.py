@@ -22,7 +22,6 @@ BLT_2 = BLT.but(model__hash_embeddings__table_rows=65536, training__rows_per_ste
 BYTES_2 = BYTES.but(training__rows_per_step=4)
 BPE_2 = BPE.but(training__table_learning_rate=6e-2, width=384)
 BPE_3 = BPE_2.but(width=512, vocabulary=8192)
-WIDE = {"width": 192, "num_heads": 3, "ffn_width": 512, "window_positions": 512}
 TRIALS = {
     "BLT": BLT,
     "BLT, rate 2e-3": BLT.but(training__learning_rate=2e-3),
@@ -64,10 +63,6 @@ TRIALS = {
     "bytes 2, 2 rows": BYTES_2.but(training__rows_per_step=2),
     "bytes 2, rate 1e-3": BYTES_2.but(training__learning_rate=1e-3),
     "bytes 2, rate 3e-3": BYTES_2.but(training__learning_rate=3e-3),
-    "BLT 2, n-grams of 2 to 8": BLT_2.but(model__hash_embeddings__ngram_bytes=[2, 3, 4, 5, 6, 7, 8]),
-    "BLT 2, local parts of 192, decoder of 1": BLT_2.but(
-        model__local_encoder={"num_layers": 1, **WIDE}, model__local_decoder={"num_layers": 1, **WIDE}
-    ),
     "BPE 2": BPE_2,
     "BPE 2, table rate 2e-1": BPE_2.but(training__table_learning_rate=2e-1),
     "BPE 2, width 512": BPE_2.but(width=512),
