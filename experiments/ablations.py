@@ -24,7 +24,7 @@ from blt.model.local_decoder import LocalDecoder
 from blt.model.patching import patch_starts
 
 BLT = CONTENDERS["BLT, entropy"]
-BYTES = {"smoke": 60_000, "minutes": 2_000_000, "hour": 20_000_000, "longer": 100_000_000}
+BYTES = {"smoke": 60_000, "minutes": 6_000_000, "hour": 20_000_000, "longer": 100_000_000}
 TRANSFORMER = {
     "model.entropy_model": {
         "kind": "transformer",
@@ -54,8 +54,9 @@ VARIANTS: dict[str, Contender] = {
     "n-gram tables of 131,072 rows": BLT.but(model__hash_embeddings__table_rows=131_072),
     "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
     "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
-    "encoder 3, decoder 1": BLT.but(model__local_encoder__num_layers=3, model__local_decoder__num_layers=1),
-    "encoder 2, decoder 2": BLT.but(model__local_encoder__num_layers=2, model__local_decoder__num_layers=2),
+    "encoder 2, decoder 1": BLT.but(model__local_encoder__num_layers=2, model__local_decoder__num_layers=1),
+    "encoder 1, decoder 1": BLT.but(model__local_decoder__num_layers=1),
+    "encoder 1, decoder 3": BLT.but(model__local_decoder__num_layers=3),
     "no cross-attention in the encoder": BLT,
     "encoder queries without pooling": BLT,
     "encoder queries of the mean": BLT,

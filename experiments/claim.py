@@ -13,8 +13,8 @@ from texts import mixed, paths_of
 
 BUDGETS = {
     "smoke": 100_000,
-    "minutes": 4_000_000,
-    "hour": 30_000_000,
+    "minutes": 15_000_000,
+    "hour": 50_000_000,
     "longer": 200_000_000,
 }  # bytes that a run learns from
 HELD_OUT_BYTES = {"smoke": 40_000, "minutes": 300_000, "hour": 300_000, "longer": 1_000_000}
@@ -105,8 +105,9 @@ def mean_bits(figures: Mapping[str, Any]) -> float:
 
 
 def write(out: Path, content: Mapping[str, Any]) -> None:
-    """The results, with what made them."""
-    command = f"python experiments/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    """The results, with the command that makes all of them: without the ``--only`` of one that did a part, which comes last."""
+    arguments = sys.argv[1 : sys.argv.index("--only") if "--only" in sys.argv else None]
+    command = " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *arguments])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"command": command, "machine": machine(), **content}, indent=2) + "\n")
 

@@ -61,19 +61,16 @@ class Contender:
         return Contender(self.kind, settings, own.get("width", self.width), own.get("vocabulary", self.vocabulary))
 
 
-BLT = Contender("blt", {"model.hash_embeddings.table_rows": 65_536, "training.rows_per_step": 4})
-BPE_RATES = {"training.learning_rate": 1e-3, "training.table_learning_rate": 6e-2}
+BLT = Contender("blt", {"model.slots_per_patch": 4})
+BPE_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 1e-1}
+BYTES_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2}
 CONTENDERS = {  # as tuning.py found them
     "BLT, entropy": BLT,
     "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
     "BLT, fixed 4": BLT.but(model__patching__rule="fixed", model__patching__patch_bytes=4, model__entropy_model=None),
-    "bytes": Contender(
-        "bytes",
-        {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2, "training.rows_per_step": 4},
-        width=192,
-    ),
-    "BPE": Contender("bpe", BPE_RATES, width=512, vocabulary=4096),
-    "BPE of 8k": Contender("bpe", BPE_RATES, width=384, vocabulary=8192),
+    "bytes": Contender("bytes", BYTES_RATES | {"training.rows_per_step": 4}, width=128),
+    "BPE": Contender("bpe", BPE_RATES, width=192, vocabulary=4096),
+    "BPE of 8k": Contender("bpe", BPE_RATES, width=192, vocabulary=8192),
 }
 
 

@@ -15,11 +15,11 @@ from contenders import CONTENDERS, Contender, documents_of, load, reference_flop
 
 POINTS = {
     "smoke": (30_000, 60_000, 120_000),
-    "minutes": (1_500_000, 5_000_000, 15_000_000),
-    "hour": (4_000_000, 12_000_000, 36_000_000),
+    "minutes": (2_000_000, 8_000_000, 30_000_000),
+    "hour": (5_000_000, 16_000_000, 50_000_000),
     "longer": (20_000_000, 60_000_000, 200_000_000),
 }
-LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}  # by patch size: about as deep, so wider where a latent step has more to spend
+LATENT_WIDTHS = {4: 192, 6: 256, 8: 256}  # by patch size: about as deep, so wider where a latent step has more to spend
 TIMED_BYTES, TURNS = 40_000, 3
 
 
@@ -38,11 +38,11 @@ def contenders() -> dict[str, Contender]:
         for size, width in LATENT_WIDTHS.items()
     }
     # local parts of half the FLOPs, too
-    local = {"width": 96, "num_heads": 2, "ffn_width": 256, "window_positions": 512}
+    local = {"width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 128}
     half = CONTENDERS["BLT, entropy"].but(
         calibration__target_patch_bytes=6.0,
         model__local_encoder={"num_layers": 1, **local},
-        model__local_decoder={"num_layers": 2, **local},
+        model__local_decoder={"num_layers": 1, **local},
     )
     return {**of_patches, "BPE": CONTENDERS["BPE"], HALF: half}
 

@@ -63,10 +63,10 @@ def substituted(word: str, chance: random.Random) -> Question:
 
 
 def swapped(word: str, chance: random.Random) -> Question:
-    """Two letters that the word has once each change places; a word without such letters is asked about as ``spelled``'s.
+    """Two letters that the word has once each change places; for a word that ``can_be_swapped``.
 
     >>> swapped("no", random.Random(0))
-    (('n', 'o', 'no'), 'on')
+    (('o', 'n', 'no'), 'on')
     """
     once = [letter for letter in word if word.count(letter) == 1]
     first, second = chance.sample(once, 2)

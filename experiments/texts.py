@@ -38,12 +38,14 @@ def paths_of(data: Path, mix: str, part: str) -> list[Path]:
 
 
 def mixed(paths: Sequence[Path], num_bytes: int, file: Path, seed: int = 0) -> Path:
-    """A .jsonl of about so many bytes of text, the same share of each path; written once.
+    """A .jsonl of about so many bytes of text, the same share of each path as far as that has it; written once.
 
     Documents are cut into pieces, which are shuffled, so a short mix has something of as many documents as it can.
     """
     if not file.exists():
-        chosen = [piece for path in paths for piece in _drawn(path, num_bytes // len(paths), seed)]
+        texts = [_shuffled_pieces(path, seed) for path in paths]
+        shares = even_shares([sum(len(piece.encode()) for piece in pieces) for pieces in texts], num_bytes)
+        chosen = [piece for pieces, share in zip(texts, shares, strict=True) for piece in _first(pieces, share)]
         random.Random(seed).shuffle(chosen)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
@@ -52,17 +54,35 @@ def mixed(paths: Sequence[Path], num_bytes: int, file: Path, seed: int = 0) -> P
     return file
 
 
-def _drawn(path: Path, num_bytes: int, seed: int) -> Iterator[str]:
+def even_shares(sizes: Sequence[int], total: int) -> list[int]:
+    """What to take of each to have ``total``: the same, and where one has less, all of it.
+
+    >>> even_shares([100, 4, 100], 30), even_shares([5, 4], 30)
+    ([13, 4, 13], [5, 4])
+    """
+    shares, left = [0] * len(sizes), total
+    for rank, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        shares[index] = min(sizes[index], left // (len(sizes) - rank))
+        left -= shares[index]
+    return shares
+
+
+def _shuffled_pieces(path: Path, seed: int) -> list[str]:
     pieces = [
         piece for document in read_documents([path]) for piece in _pieces(document.data.decode("utf-8", "replace"))
     ]
     random.Random(seed).shuffle(pieces)
+    return pieces
+
+
+def _first(pieces: Sequence[str], num_bytes: int) -> Iterator[str]:
+    """Pieces until they have so many bytes, the last one cut."""
     for piece in pieces:
         if num_bytes <= 0:
             return
-        piece = piece.encode()[:num_bytes].decode("utf-8", "ignore")
-        num_bytes -= len(piece.encode()) or num_bytes
-        yield piece
+        cut = piece.encode()[:num_bytes].decode("utf-8", "ignore")
+        num_bytes -= len(cut.encode()) or num_bytes
+        yield cut
 
 
 def _pieces(text: str) -> list[str]:

@@ -1,18 +1,25 @@
 """The claims' scripts compare like with like: the same text, the same FLOPs, bits that are summed over the same bytes."""
 
-import importlib
 import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import ablations
+import as_good_as_tokens
+import claim
+import contenders
+import evidence
 import numpy as np
 import pytest
+import spelling
+import texts
+import token_transformer
 import torch
+import under_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_models, tiny_config
@@ -28,29 +35,19 @@ TEXT = "The cat sat on the mat, and the dog sat on the cat; naïve ones were 貓
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a file of the experiments folder, which is no package, by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with all files of the mixes, of a few sentences."""
     folder = tmp_path_factory.mktemp("data")
     chance = random.Random(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
-        mixes = importlib.import_module("texts").MIXES
+    mixes = texts.MIXES
     for parts in mixes.values():
         for part, names in parts.items():
             for name in names:
                 file = folder / ("train" if part == "train" else "eval") / name.removesuffix(".xz")
                 file.parent.mkdir(exist_ok=True)
-                texts = [" ".join(chance.choices(TEXT.split(), k=60)) for _ in range(20)]
-                rows = "".join(json.dumps({"text": text, "lang": "en"}) + "\n" for text in texts)
-                file.write_text(rows if ".jsonl" in name else "\n".join(texts))
+                written = [" ".join(chance.choices(TEXT.split(), k=60)) for _ in range(20)]
+                rows = "".join(json.dumps({"text": text, "lang": "en"}) + "\n" for text in written)
+                file.write_text(rows if ".jsonl" in name else "\n".join(written))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             mixes,
@@ -61,14 +58,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def tokens(script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small token model that nobody trained, with a tokenizer of TEXT."""
-    module = script("token_transformer")
-    tokenizer = module.learned_bpe([TEXT], 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
-    config = script("contenders").TransformerConfig(num_layers=2, width=16, num_heads=2)
+    tokenizer = token_transformer.learned_bpe([TEXT], 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+    config = contenders.TransformerConfig(num_layers=2, width=16, num_heads=2)
     torch.manual_seed(0)
-    network = module.TokenTransformer(config, module.num_ids(tokenizer)).eval()
-    return module.TokenModel(network, config, tokenizer, 32)
+    network = token_transformer.TokenTransformer(config, token_transformer.num_ids(tokenizer)).eval()
+    return token_transformer.TokenModel(network, config, tokenizer, 32)
 
 
 def test_the_bits_of_tokens_are_those_of_a_plain_sum_over_bytes_of_text(tokens: Any) -> None:
@@ -96,13 +92,11 @@ def test_every_token_of_a_long_text_is_scored_once(tokens: Any) -> None:
     assert score.patches == len(tokens.ids((TEXT * 9).encode())) - 1 > 3 * tokens.window_ids
 
 
-def test_a_shard_in_tokens_holds_the_same_text(
-    script: Callable[[str], ModuleType], tokens: Any, tmp_path: Path
-) -> None:
+def test_a_shard_in_tokens_holds_the_same_text(tokens: Any, tmp_path: Path) -> None:
     documents = [Document(str(number), (TEXT * (number + 1)).encode()) for number in range(6)]
     build_shards(documents, tmp_path / "corpus", 0.2)
     shard = open_shard(tmp_path / "corpus", "train")
-    units = script("token_transformer").in_tokens(shard, tokens.tokenizer)
+    units = token_transformer.in_tokens(shard, tokens.tokenizer)
     for document, index in zip(shard.documents(), range(units.num_documents), strict=True):
         cut = units.data[units.offsets[index] : units.offsets[index + 1]]
         assert tokens.tokenizer.decode(cut.tolist()).encode() == document.data
@@ -110,21 +104,18 @@ def test_a_shard_in_tokens_holds_the_same_text(
     assert rows.max() < tokens.num_ids
 
 
-def test_a_token_model_learns_resumes_and_loads_as_it_was_saved(
-    script: Callable[[str], ModuleType], tokens: Any, tmp_path: Path
-) -> None:
-    module, contenders = script("token_transformer"), script("contenders")
+def test_a_token_model_learns_resumes_and_loads_as_it_was_saved(tokens: Any, tmp_path: Path) -> None:
     documents = [Document(str(number), (TEXT * 8).encode() + bytes([65 + number])) for number in range(6)]
     build_shards(documents, tmp_path / "corpus", 0.2)
-    shard = module.in_tokens(open_shard(tmp_path / "corpus", "train"), tokens.tokenizer)
+    shard = token_transformer.in_tokens(open_shard(tmp_path / "corpus", "train"), tokens.tokenizer)
     training = contenders.TrainingConfig(
         total_bytes=2000, row_bytes=16, rows_per_step=4, learning_rate=1e-2, warmup_steps=2, dtype="float32"
     )
     with Reporter(quiet=True) as reporter:
         arguments = (shard, [TEXT.encode()], tokens.config, tokens.tokenizer, training, reporter)
-        trained = module.train_token_model(tmp_path / "run", *arguments)
-        again = module.train_token_model(tmp_path / "run", *arguments)
-    loaded = module.load_token_model(tmp_path / "run")
+        trained = token_transformer.train_token_model(tmp_path / "run", *arguments)
+        again = token_transformer.train_token_model(tmp_path / "run", *arguments)
+    loaded = token_transformer.load_token_model(tmp_path / "run")
     (before,), (after,) = tokens.scores([TEXT.encode()]), trained.scores([TEXT.encode()])
     assert after.bits < 0.8 * before.bits
     assert loaded.scores([TEXT.encode()]) == again.scores([TEXT.encode()]) == [after]
@@ -142,8 +133,7 @@ def test_greedy_writing_takes_the_likeliest_token_each_time(tokens: Any) -> None
 
 
 @pytest.mark.parametrize("patch_bytes", [4.0, 4.5, 6.0, 8.0])
-def test_contenders_cost_the_same_flops(script: Callable[[str], ModuleType], patch_bytes: float) -> None:
-    contenders = script("contenders")
+def test_contenders_cost_the_same_flops(patch_bytes: float) -> None:
     wanted, config = contenders.reference_flops(), contenders.read_run_config(contenders.CONFIG)
     model = contenders.sized(config.model, patch_bytes, wanted, 512)
     assert flops_per_byte(model, patch_bytes, 512).inference == pytest.approx(wanted, rel=0.01)
@@ -153,10 +143,7 @@ def test_contenders_cost_the_same_flops(script: Callable[[str], ModuleType], pat
         assert token_model_flops_per_byte(found, 512, bytes_per_id, vocabulary) == pytest.approx(wanted, rel=0.01)
 
 
-def test_a_mix_has_an_equal_share_of_each_file_and_is_written_once(
-    script: Callable[[str], ModuleType], data: Path, tmp_path: Path
-) -> None:
-    texts = script("texts")
+def test_a_mix_has_an_equal_share_of_each_file_and_is_written_once(data: Path, tmp_path: Path) -> None:
     paths = texts.paths_of(data, "english", "train")
     file = texts.mixed(paths, 3000, tmp_path / "mix.jsonl")
     rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
@@ -169,11 +156,6 @@ def test_a_mix_has_an_equal_share_of_each_file_and_is_written_once(
 
 @given(st.text("abcdefghij", min_size=2, max_size=14), st.integers(0, 2**32))
 def test_answers_about_letters_are_right(word: str, seed: int) -> None:
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        spelling = importlib.import_module("spelling")
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
     chance = random.Random(seed)
     for name, make in spelling.TASKS.items():
         if name == "swap_char" and not spelling.can_be_swapped(word):
@@ -192,23 +174,20 @@ def test_answers_about_letters_are_right(word: str, seed: int) -> None:
         assert answer == naive[name]
 
 
-def test_misspellings_are_those_of_the_list_and_nothing_else_changes(script: Callable[[str], ModuleType]) -> None:
-    noise = script("under_noise")
-    known = noise.misspellings("teh->the\nthw->the, thaw\nadn->and\n")
+def test_misspellings_are_those_of_the_list_and_nothing_else_changes() -> None:
+    known = under_noise.misspellings("teh->the\nthw->the, thaw\nadn->and\n")
     text = "The cat and the dog. " * 50
-    wrong = noise.with_typos(known)(text, 0)
-    assert wrong == noise.with_typos(known)(text, 0)
+    wrong = under_noise.with_typos(known)(text, 0)
+    assert wrong == under_noise.with_typos(known)(text, 0)
     words = set(wrong.replace(".", "").split())
     assert words == {"The", "the", "cat", "dog", "and", "Teh", "teh", "Thw", "thw", "adn"}
     share = sum(word in ("Teh", "teh", "Thw", "thw", "adn") for word in wrong.split()) / 150
     assert share == pytest.approx(0.25, abs=0.1)
 
 
-def test_a_claim_is_measured_and_read_again(
-    script: Callable[[str], ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_is_measured_and_read_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of the first claim, at a size at which it says nothing."""
-    claim, first = script("claim"), script("as_good_as_tokens")
+    first = as_good_as_tokens
     monkeypatch.setitem(claim.BUDGETS, "smoke", 9000)
     monkeypatch.setitem(claim.HELD_OUT_BYTES, "smoke", 1500)
     monkeypatch.setattr(first, "MIXES", {"english": None})
@@ -218,7 +197,7 @@ def test_a_claim_is_measured_and_read_again(
     found = json.loads((tmp_path / "found.json").read_text())
     assert (tmp_path / "found.png").stat().st_size > 1000
     runs = {run["name"]: run for run in found["runs"]}
-    assert set(runs) == set(script("contenders").CONTENDERS) == set(found["bits_per_byte"]["english"])
+    assert set(runs) == set(contenders.CONTENDERS) == set(found["bits_per_byte"]["english"])
     flops = [run["inference_flops_per_byte"] for run in runs.values()]
     assert max(flops) < 1.15 * min(flops)  # patches of so short a text are seldom of the size asked for
     assert len({run["train_bytes"] for run in runs.values()}) == 1
@@ -227,15 +206,13 @@ def test_a_claim_is_measured_and_read_again(
     assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
-def test_tables_of_the_evidence_are_those_of_the_results(script: Callable[[str], ModuleType]) -> None:
-    evidence = script("evidence")
+def test_tables_of_the_evidence_are_those_of_the_results() -> None:
     page = evidence.PAGE.read_text()
     assert evidence.with_tables(page, EXPERIMENTS / "results") == page
     assert "<!-- table" in page
 
 
-def test_changed_code_computes_something_else_and_only_while_it_lasts(script: Callable[[str], ModuleType]) -> None:
-    ablations = script("ablations")
+def test_changed_code_computes_something_else_and_only_while_it_lasts() -> None:
     torch.manual_seed(0)
     _, network = random_models(tiny_config())
     ids = torch.tensor([encode(TEXT)])

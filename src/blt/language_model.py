@@ -221,7 +221,8 @@ class LanguageModel:
 
 def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
     """A model from a run folder, a folder in Hugging Face's ``blt`` format or the official release format, a hub id such as
-    ``itazap/blt-1b-hf``, or ``builtin``: the small one that comes with the package. Its licence, where it comes with one, is said on stderr.
+    ``itazap/blt-1b-hf``, or ``builtin``, the small one that comes with the package. Its licence, where it comes with one, is
+    said on stderr.
 
     ``dtype``: auto (bf16 on a GPU, fp32 elsewhere), float32, bfloat16, or int8, which rounds the network's matrices and makes
     compiled generation on a CPU faster. The entropy model stays in fp32, so the patches are the same in all of them. Weights
