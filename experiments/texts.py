@@ -1,6 +1,7 @@
 """What the claims are trained and scored on: so many bytes of a language mix, in pieces drawn from all its documents alike."""
 
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def mixed(paths: Sequence[Path], num_bytes: int, file: Path, seed: int = 0) -> P
         chosen = [piece for pieces, share in zip(texts, shares, strict=True) for piece in _first(pieces, share)]
         random.Random(seed).shuffle(chosen)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # others may need it at the same time
         partial.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in chosen), "utf-8")
         partial.replace(file)
     return file
