@@ -28,11 +28,11 @@ MOST_BYTES = 16_000_000  # on disk
 # by file, as the text itself is no part of the project
 SOURCES = {
     "en_books.00": "English books in the public domain",
-    "en_wiki2016": "articles of the English Wikipedia (CC BY-SA 3.0)",
+    "en_wiki2016": "articles of the English Wikipedia",
     "en_modern": "Python enhancement proposals, Rust RFCs, tldr pages, English help pages of desktop programs",
-    "code": "the library of CPython (PSF) and collections of algorithms in Python, Java, Rust, C++ and Go (MIT)",
-    "multilingual": "sentences of Common Voice (CC0), FLORES and wisesight, in 87 languages",
-    "ml_gnome_docs": "GNOME's user guides in 34 languages (CC BY-SA)",
+    "code": "the library of CPython and collections of algorithms in Python, Java, Rust, C++ and Go",
+    "multilingual": "sentences of Common Voice, FLORES and wisesight, in 87 languages",
+    "ml_gnome_docs": "GNOME's user guides in 34 languages",
 }
 
 

@@ -64,7 +64,7 @@ class Contender:
 BLT = Contender("blt", {"model.slots_per_patch": 4})
 BPE_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 1e-1}
 BYTES_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2}
-CONTENDERS = {  # as tuning.py found them
+CONTENDERS = {  # the best of single changes in tuning.py, put together without another trial
     "BLT, entropy": BLT,
     "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
     "BLT, fixed 4": BLT.but(model__patching__rule="fixed", model__patching__patch_bytes=4, model__entropy_model=None),
