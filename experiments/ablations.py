@@ -1,7 +1,8 @@
 """What each part of a Byte Latent Transformer is worth, and what long repetitive texts do to its patches.
 
 Every variant changes one thing of the model that as_good_as_tokens.py calls "BLT, entropy", has a latent transformer that
-brings it to the same FLOPs per byte, and learns from the same text. Only what changed code spares is not given to another part.
+brings it to the same FLOPs per byte, and learns from the same text. Only what changed code spares is not given to another part,
+and the FLOPs of a network that says where patches begin come on top.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from unittest.mock import patch
 
 import torch
 from claim import HELD_OUT_BYTES, Plan, done, mean_bits, options, subplots, test_texts, train_text, write
-from contenders import CONTENDERS, Contender, load, reference_flops, run
+from contenders import CONTENDERS, REFERENCE_FLOPS, ROW_BYTES, Contender, load, run
 from torch import Tensor
 
 from blt.byte_ids import encode
+from blt.config import EntropyModelConfig
 from blt.documents import read_documents
+from blt.flops import entropy_model_flops
 from blt.language_model import LanguageModel
 from blt.model import local_encoder
 from blt.model.attention import DecoderCrossAttention, EncoderCrossAttention
@@ -24,7 +27,9 @@ from blt.model.local_decoder import LocalDecoder
 from blt.model.patching import patch_starts
 
 BLT = CONTENDERS["BLT, entropy"]
-BYTES = {"smoke": 60_000, "minutes": 6_000_000, "hour": 20_000_000, "longer": 100_000_000}
+TWO_LAYERS = BLT.but(model__local_decoder__num_layers=2)
+FIXED = CONTENDERS["BLT, fixed 4"]
+BYTES = {"smoke": 60_000, "minutes": 8_000_000, "hour": 20_000_000, "longer": 100_000_000}
 TRANSFORMER = {
     "model.entropy_model": {
         "kind": "transformer",
@@ -44,6 +49,7 @@ def transformer(**changes: Any) -> dict[str, Any]:
 
 
 def entropy_model(**changes: Any) -> Contender:
+    """Patches by a network. It may cost more than all else here, so its FLOPs come on top and are counted: see ``plans``."""
     return Contender("blt", {**BLT.settings, **transformer(**changes)})
 
 
@@ -51,26 +57,27 @@ VARIANTS: dict[str, Contender] = {
     "as it is": BLT,
     "no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
     "n-gram tables of 2,048 rows": BLT.but(model__hash_embeddings__table_rows=2048),
-    "n-gram tables of 131,072 rows": BLT.but(model__hash_embeddings__table_rows=131_072),
+    "n-gram tables of 262,144 rows": BLT.but(model__hash_embeddings__table_rows=262_144),
     "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
     "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
-    "encoder 2, decoder 1": BLT.but(model__local_encoder__num_layers=2, model__local_decoder__num_layers=1),
-    "encoder 1, decoder 1": BLT.but(model__local_decoder__num_layers=1),
-    "encoder 1, decoder 3": BLT.but(model__local_decoder__num_layers=3),
+    "encoder 2, decoder 1": BLT.but(model__local_encoder__num_layers=2),
+    "encoder 1, decoder 2": TWO_LAYERS,
     "no cross-attention in the encoder": BLT,
     "encoder queries without pooling": BLT,
     "encoder queries of the mean": BLT,
-    "cross-attention in the decoder's first layer only": BLT,
+    "encoder 1, decoder 2, cross-attention in its first only": TWO_LAYERS,
     "no cross-attention at all": BLT,
+    "entropy model of 1 x 32": entropy_model(num_layers=1, width=32, num_heads=1, ffn_width=88),
     "entropy model of 1 x 64": entropy_model(num_layers=1, width=64, num_heads=1, ffn_width=176),
     "entropy model of 2 x 128": entropy_model(),
     "entropy model of 2 x 128, reset at newlines": entropy_model(reset_at_newline=True),
-    "entropy model of 4 x 192": entropy_model(num_layers=4, width=192, num_heads=3, ffn_width=512),
     "n-gram patcher of 4": BLT.but(model__entropy_model__max_order=4),
     "n-gram patcher of 8": BLT.but(model__entropy_model__max_order=8),
     "patches where entropy rises": BLT.but(model__patching__rule="entropy_rise"),
+    "patches of at most 8": BLT.but(model__patching__max_patch_bytes=8),
     "patches at spaces": CONTENDERS["BLT, space"],
-    "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
+    "patches of fixed 4": FIXED,
+    "patches of fixed 4, no n-grams": FIXED.but(model__hash_embeddings__table_rows=1),
 }  # fmt: skip
 
 
@@ -112,7 +119,7 @@ CHANGED_CODE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no cross-attention in the encoder": lambda: patch.object(EncoderCrossAttention, "forward", nothing_read),
     "encoder queries without pooling": lambda: patch.object(local_encoder, "max_over_patches", no_pooling),
     "encoder queries of the mean": lambda: patch.object(local_encoder, "max_over_patches", mean_over_patches),
-    "cross-attention in the decoder's first layer only": lambda: patch.object(
+    "encoder 1, decoder 2, cross-attention in its first only": lambda: patch.object(
         LocalDecoder, "slot_keys_values", first_layer_only
     ),
 }
@@ -131,7 +138,9 @@ def changed_code(name: str) -> AbstractContextManager[Any]:
 def plans(budget: str, seeds: int) -> Iterator[Plan]:
     for seed in range(seeds):
         for name, contender in VARIANTS.items():
-            yield Plan(name, contender, "english", seed, BYTES[budget], reference_flops())
+            shape = contender.settings.get("model.entropy_model")
+            more = entropy_model_flops(EntropyModelConfig.model_validate(shape), ROW_BYTES) if shape else 0.0
+            yield Plan(name, contender, "english", seed, BYTES[budget], REFERENCE_FLOPS + more)
 
 
 def drift(lm: LanguageModel, text: bytes, pieces: int) -> list[float]:

@@ -61,23 +61,27 @@ class Contender:
         return Contender(self.kind, settings, own.get("width", self.width), own.get("vocabulary", self.vocabulary))
 
 
-BLT = Contender("blt", {"model.slots_per_patch": 4})
-BPE_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 1e-1}
+REFERENCE_FLOPS = 329_112  # of one byte, forward: what contenders are sized to, the FLOPs of claims.toml
+LOCAL = {"num_layers": 1, "width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 64}
+BLT = Contender(
+    "blt",
+    {
+        "model.local_encoder": LOCAL,
+        "model.local_decoder": LOCAL,
+        "training.learning_rate": 8e-3,
+        "training.rows_per_step": 16,
+    },
+)
+BPE_RATES = {"training.learning_rate": 5e-3, "training.table_learning_rate": 1e-1}
 BYTES_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2}
-CONTENDERS = {  # the best of single changes in tuning.py, put together without another trial
+CONTENDERS = {  # as tuning.py found them
     "BLT, entropy": BLT,
     "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
     "BLT, fixed 4": BLT.but(model__patching__rule="fixed", model__patching__patch_bytes=4, model__entropy_model=None),
-    "bytes": Contender("bytes", BYTES_RATES | {"training.rows_per_step": 4}, width=128),
-    "BPE": Contender("bpe", BPE_RATES, width=192, vocabulary=4096),
-    "BPE of 8k": Contender("bpe", BPE_RATES, width=192, vocabulary=8192),
+    "bytes": Contender("bytes", BYTES_RATES | {"training.rows_per_step": 4}, width=48),
+    "BPE": Contender("bpe", BPE_RATES, width=128, vocabulary=2048),
+    "BPE of 3k": Contender("bpe", BPE_RATES, width=96, vocabulary=3072),
 }
-
-
-def reference_flops() -> float:
-    """Forward FLOPs per byte that contenders are sized to: those of claims.toml at the patches it asks for."""
-    config = read_run_config(CONFIG)
-    return flops_per_byte(config.model, config.calibration.target_patch_bytes, ROW_BYTES).inference
 
 
 def run(
@@ -203,7 +207,7 @@ def _run_tokens(
         tokenizer = learned_bpe(texts, contender.vocabulary, folder / "tokenizer.json")
         units = in_tokens(shard, tokenizer)
         bytes_per_id = shard.num_bytes / units.num_bytes
-    like = TransformerConfig(num_layers=1, width=contender.width, num_heads=contender.width // 64)
+    like = TransformerConfig(num_layers=1, width=contender.width, num_heads=max(1, contender.width // 64))
     shape = equal_flops_config(like, flops, row_bytes, bytes_per_id, num_ids(tokenizer))
     ids = ids_per_row(row_bytes, bytes_per_id)
     training = config.training.model_copy(update={"total_bytes": units.num_bytes, "row_bytes": ids})

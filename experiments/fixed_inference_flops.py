@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from claim import Plan, do, done, options, subplots, test_texts, write
-from contenders import CONTENDERS, Contender, documents_of, load, reference_flops, scores
+from contenders import CONTENDERS, REFERENCE_FLOPS, Contender, documents_of, load, scores
 
 POINTS = {
     "smoke": (30_000, 60_000, 120_000),
-    "minutes": (2_000_000, 8_000_000, 30_000_000),
-    "hour": (5_000_000, 16_000_000, 50_000_000),
+    "minutes": (2_000_000, 6_000_000, 15_000_000),
+    "hour": (5_000_000, 15_000_000, 50_000_000),
     "longer": (20_000_000, 60_000_000, 200_000_000),
 }
-LATENT_WIDTHS = {4: 192, 6: 256, 8: 256}  # by patch size: about as deep, so wider where a latent step has more to spend
+LATENT_WIDTHS = {4: 128, 6: 160, 8: 192}  # by patch size: two layers each, wider where a latent step has more to spend
 TIMED_BYTES, TURNS = 40_000, 3
 
 
@@ -32,13 +32,13 @@ def contenders() -> dict[str, Contender]:
         f"BLT, patches of {size}": CONTENDERS["BLT, entropy"].but(
             calibration__target_patch_bytes=float(size),
             model__latent__width=width,
-            model__latent__num_heads=width // 64,
+            model__latent__num_heads=max(2, width // 64),
             model__latent__ffn_width=width * 11 // 4,
         )
         for size, width in LATENT_WIDTHS.items()
     }
     # local parts of half the FLOPs, too
-    local = {"width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 128}
+    local = {"width": 32, "num_heads": 1, "ffn_width": 88, "window_positions": 32}
     half = CONTENDERS["BLT, entropy"].but(
         calibration__target_patch_bytes=6.0,
         model__local_encoder={"num_layers": 1, **local},
@@ -51,7 +51,7 @@ def plans(budget: str, seeds: int) -> Iterator[Plan]:
     for seed in range(seeds):
         for num_bytes in POINTS[budget]:
             for name, contender in contenders().items():
-                flops = reference_flops() / (2 if name == HALF else 1)
+                flops = REFERENCE_FLOPS / (2 if name == HALF else 1)
                 yield Plan(name, contender, "english", seed, num_bytes, flops)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from claim import BUDGETS, options, subplots, train_text, write
-from contenders import CONTENDERS, load, reference_flops, run
+from contenders import CONTENDERS, REFERENCE_FLOPS, load, run
 from token_transformer import TokenModel
 
 from blt.benchmark_files import find_files
@@ -210,7 +210,7 @@ def main() -> None:
                 continue
             contender = CONTENDERS[name].but(training__row_bytes=1024, training__rows_per_step=4)
             folder = chosen.work / "runs" / "spelling" / f"{num_bytes / 1e6:g}MB" / f"{name.replace(', ', '.')}.{seed}"
-            figures = run(contender, text, {}, folder, reference_flops(), seed, chosen.dtype)
+            figures = run(contender, text, {}, folder, REFERENCE_FLOPS, seed, chosen.dtype)
             models.append({"name": name, "cute": measure(folder, prompts, questions, most), **figures})
             write(chosen.out, {"budget": chosen.budget, "words": len(words), "questions": most, "models": models})
             draw(models, chosen.out.with_suffix(".png"))

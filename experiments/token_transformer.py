@@ -151,7 +151,10 @@ def equal_flops_config(
         (deep.model_copy(update={"ffn_width": width}) for width in range(8, 4 * like.ffn_width, 8)), key=distance
     )
     if distance(found) > 0.01:
-        raise ValueError(f"no transformer of width {like.width} costs {wanted:.3g} FLOPs per byte")
+        raise ValueError(
+            f"no transformer of width {like.width} with {vocabulary} ids costs {wanted:.3g} FLOPs per byte; "
+            "take a smaller width or vocabulary"
+        )
     return found
 
 

@@ -1,66 +1,91 @@
-"""How the contenders of the claims were tuned: one change at a time, on 4 MB, scored on validation text.
+"""How the contenders of the claims were tuned: one change at a time, on 8 MB, scored on validation text.
 
 Every contender gets the same care: its learning rates, rows per step, shape, and the size of its units and tables.
 """
 
 import argparse
 import json
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from claim import write
-from contenders import HERE, Contender, reference_flops, run
+from contenders import HERE, REFERENCE_FLOPS, Contender, run
 from texts import MIXES, mixed, paths_of
 
-# where tuning began: what a first look, at four times the FLOPs per byte, had found (docs/log.md)
+FIXED = {"model.patching.rule": "fixed", "model.patching.patch_bytes": 4, "model.entropy_model": None}
+NO_TABLES = {"model.hash_embeddings.table_rows": 1}
+LOCAL_48 = {"num_layers": 1, "width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 64}
+
+# where tuning began: what two first looks, at more FLOPs per byte, had found (docs/log.md)
 BLT = Contender("blt")
 BPE = Contender(
-    "bpe", {"training.learning_rate": 2e-3, "training.table_learning_rate": 4e-2}, width=256, vocabulary=4096
+    "bpe", {"training.learning_rate": 3e-3, "training.table_learning_rate": 1e-1}, width=128, vocabulary=2048
 )
-BYTES = Contender("bytes", {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2}, width=128)
-LOCAL_96 = {"width": 96, "num_heads": 2, "ffn_width": 256, "window_positions": 128}
+BYTES = Contender(
+    "bytes",
+    {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2, "training.rows_per_step": 4},
+    width=64,
+)
+# then from the best rates; then from wider local parts, which gained most
+SECOND_BLT = BLT.but(training__learning_rate=8e-3)
+SECOND_BPE = BPE.but(training__learning_rate=5e-3, training__table_learning_rate=5e-2)
+THIRD_BLT = SECOND_BLT.but(model__local_encoder=LOCAL_48, model__local_decoder=LOCAL_48)
+TWO_LAYERS = {"model.local_decoder": {**LOCAL_48, "num_layers": 2}, "training.rows_per_step": 16}
+
+
+def with_settings(contender: Contender, *settings: Mapping[str, Any]) -> Contender:
+    return Contender(contender.kind, dict(ChainMap(*map(dict, settings), dict(contender.settings))))
+
+
 TRIALS = {
     "BLT": BLT,
-    "BLT, fixed 4": BLT.but(model__patching__rule="fixed", model__patching__patch_bytes=4, model__entropy_model=None),
-    "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
-    "BLT, where entropy rises": BLT.but(model__patching__rule="entropy_rise"),
-    "BLT, 4 slots": BLT.but(model__slots_per_patch=4),
-    "BLT, fixed 4, 4 slots": BLT.but(
-        model__patching__rule="fixed",
-        model__patching__patch_bytes=4,
-        model__entropy_model=None,
-        model__slots_per_patch=4,
-    ),
-    "BLT, decoder of 1": BLT.but(model__local_decoder__num_layers=1),
-    "BLT, decoder of 3": BLT.but(model__local_decoder__num_layers=3),
-    "BLT, rate 2e-3": BLT.but(training__learning_rate=2e-3),
-    "BLT, rate 5e-3": BLT.but(training__learning_rate=5e-3),
+    "BLT, fixed 4": with_settings(BLT, FIXED),
     "BLT, table rate 1e-2": BLT.but(training__table_learning_rate=1e-2),
-    "BLT, table rate 4e-2": BLT.but(training__table_learning_rate=4e-2),
-    "BLT, 4 rows": BLT.but(training__rows_per_step=4),
-    "BLT, patches of 3.5": BLT.but(calibration__target_patch_bytes=3.5),
-    "BLT, patches of 6": BLT.but(calibration__target_patch_bytes=6.0),
-    "BLT, tables of 16k": BLT.but(model__hash_embeddings__table_rows=16_384),
-    "BLT, tables of 262k": BLT.but(model__hash_embeddings__table_rows=262_144),
-    "BLT, latent of 256": BLT.but(model__latent__width=256, model__latent__num_heads=4, model__latent__ffn_width=704),
-    "BLT, local parts of 96": BLT.but(
-        model__local_encoder={"num_layers": 1, **LOCAL_96}, model__local_decoder={"num_layers": 1, **LOCAL_96}
+    "BLT, rate 5e-3": BLT.but(training__learning_rate=5e-3),
+    "BLT, rate 8e-3": SECOND_BLT,
+    "BLT, rate 12e-3": BLT.but(training__learning_rate=12e-3),
+    "second BLT, fixed 4": with_settings(SECOND_BLT, FIXED),
+    "second BLT, 4 rows": SECOND_BLT.but(training__rows_per_step=4),
+    "second BLT, where entropy rises": SECOND_BLT.but(model__patching__rule="entropy_rise"),
+    "second BLT, patches of 3.5": SECOND_BLT.but(calibration__target_patch_bytes=3.5),
+    "second BLT, decoder of 1": SECOND_BLT.but(model__local_decoder__num_layers=1),
+    "second BLT, tables of 262k": SECOND_BLT.but(model__hash_embeddings__table_rows=262_144),
+    "second BLT, local parts of 48": THIRD_BLT,
+    "third BLT, fixed 4": with_settings(THIRD_BLT, FIXED),
+    "third BLT, where entropy rises": THIRD_BLT.but(model__patching__rule="entropy_rise"),
+    "third BLT, rate 12e-3": THIRD_BLT.but(training__learning_rate=12e-3),
+    "third BLT, 16 rows": THIRD_BLT.but(training__rows_per_step=16),
+    "third BLT, decoder of 2": THIRD_BLT.but(model__local_decoder={**LOCAL_48, "num_layers": 2}),
+    "third BLT, decoder of 2, 16 rows": with_settings(THIRD_BLT, TWO_LAYERS),
+    "third BLT, decoder of 2, 16 rows, table rate 4e-2": with_settings(
+        THIRD_BLT, TWO_LAYERS, {"training.table_learning_rate": 4e-2}
     ),
+    "third BLT, no tables": with_settings(THIRD_BLT, NO_TABLES),
+    "third BLT, fixed 4, no tables": with_settings(THIRD_BLT, FIXED, NO_TABLES),
     "BPE": BPE,
-    "BPE, rate 1e-3": BPE.but(training__learning_rate=1e-3),
-    "BPE, rate 4e-3": BPE.but(training__learning_rate=4e-3),
+    "BPE, rate 2e-3": BPE.but(training__learning_rate=2e-3),
+    "BPE, rate 5e-3": BPE.but(training__learning_rate=5e-3),
+    "BPE, rate 8e-3": BPE.but(training__learning_rate=8e-3),
     "BPE, table rate 2e-2": BPE.but(training__table_learning_rate=2e-2),
-    "BPE, table rate 1e-1": BPE.but(training__table_learning_rate=1e-1),
-    "BPE, 4 rows": BPE.but(training__rows_per_step=4),
-    "BPE, vocabulary 2048": BPE.but(vocabulary=2048),
-    "BPE, vocabulary 8192, width 192": BPE.but(vocabulary=8192, width=192),
-    "BPE, width 192": BPE.but(width=192),
-    "BPE, width 128": BPE.but(width=128),
+    "BPE, table rate 5e-2": BPE.but(training__table_learning_rate=5e-2),
+    "BPE, table rate 2e-1": BPE.but(training__table_learning_rate=2e-1),
+    "BPE, vocabulary 1024": BPE.but(vocabulary=1024),
+    "BPE, width 96": BPE.but(width=96),
+    "BPE, width 64": BPE.but(width=64),
+    "second BPE": SECOND_BPE,
+    "second BPE, 4 rows": SECOND_BPE.but(training__rows_per_step=4),
+    "second BPE, 16 rows": SECOND_BPE.but(training__rows_per_step=16),
+    "second BPE, width 96, vocabulary 3072": SECOND_BPE.but(width=96, vocabulary=3072),
+    "second BPE, width 96, vocabulary 3072, table rate 1e-1": SECOND_BPE.but(
+        width=96, vocabulary=3072, training__table_learning_rate=1e-1
+    ),
     "bytes": BYTES,
-    "bytes, rate 1e-3": BYTES.but(training__learning_rate=1e-3),
     "bytes, rate 4e-3": BYTES.but(training__learning_rate=4e-3),
-    "bytes, 4 rows": BYTES.but(training__rows_per_step=4),
-    "bytes, width 64": BYTES.but(width=64),
-    "bytes, width 192": BYTES.but(width=192),
+    "bytes, 2 rows": BYTES.but(training__rows_per_step=2),
+    "bytes, width 96": BYTES.but(width=96),
+    "bytes, width 48": BYTES.but(width=48),
 }
 
 
@@ -68,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with train/ and eval/")
     parser.add_argument("--mix", choices=tuple(MIXES), default="english")
-    parser.add_argument("--bytes", type=int, default=4_000_000, help="that each trial learns from")
+    parser.add_argument("--bytes", type=int, default=8_000_000, help="that each trial learns from")
     parser.add_argument("--only", nargs="*", help="trials whose names hold one of these words")
     parser.add_argument("--dtype", default="auto", help="of matrix products")
     parser.add_argument("--work", type=Path, default=Path("runs/claims"))
@@ -83,10 +108,10 @@ def main() -> None:
         paths_of(options.data, options.mix, "valid"), 200_000, options.work / "texts" / f"{options.mix}.valid.jsonl"
     )
     for name, contender in TRIALS.items():
-        if options.only and not any(word in name for word in options.only):
+        if options.only and not any(word in f"{name}." for word in options.only):
             continue
         folder = folder_of(name, options)
-        found = run(contender, text, {"valid": valid}, folder, reference_flops(), dtype=options.dtype)
+        found = run(contender, text, {"valid": valid}, folder, REFERENCE_FLOPS, dtype=options.dtype)
         print(f"{name}: {found['bits_per_byte']['valid']:.4f}", flush=True)
     folders = {name: folder_of(name, options) / "result.json" for name in TRIALS}
     trials = {name: json.loads(file.read_text()) for name, file in folders.items() if file.exists()}
@@ -94,7 +119,8 @@ def main() -> None:
 
 
 def folder_of(name: str, options: argparse.Namespace) -> Path:
-    return options.work / "tuning" / options.mix / name.replace(", ", ".").replace(" ", "_")
+    size = f"{options.bytes / 1e6:g}MB"
+    return options.work / "tuning" / options.mix / size / name.replace(", ", ".").replace(" ", "_")
 
 
 if __name__ == "__main__":

@@ -134,13 +134,15 @@ def test_greedy_writing_takes_the_likeliest_token_each_time(tokens: Any) -> None
 
 @pytest.mark.parametrize("patch_bytes", [4.0, 4.5, 6.0, 8.0])
 def test_contenders_cost_the_same_flops(patch_bytes: float) -> None:
-    wanted, config = contenders.reference_flops(), contenders.read_run_config(contenders.CONFIG)
+    wanted, config = contenders.REFERENCE_FLOPS, contenders.read_run_config(contenders.CONFIG)
     model = contenders.sized(config.model, patch_bytes, wanted, 512)
     assert flops_per_byte(model, patch_bytes, 512).inference == pytest.approx(wanted, rel=0.01)
-    for width, bytes_per_id, vocabulary in ((192, 1.0, 260), (256, patch_bytes, 4100)):
-        like = contenders.TransformerConfig(num_layers=1, width=width, num_heads=4)
+    for width, bytes_per_id, vocabulary in ((48, 1.0, 260), (128, patch_bytes, 2052)):
+        like = contenders.TransformerConfig(num_layers=1, width=width, num_heads=2)
         found = contenders.equal_flops_config(like, wanted, 512, bytes_per_id, vocabulary)
         assert token_model_flops_per_byte(found, 512, bytes_per_id, vocabulary) == pytest.approx(wanted, rel=0.01)
+    with pytest.raises(ValueError, match="smaller width or vocabulary"):
+        contenders.equal_flops_config(like, wanted, 512, 1.0, 2052)
 
 
 def test_a_mix_has_an_equal_share_of_each_file_and_is_written_once(data: Path, tmp_path: Path) -> None:
