@@ -10,7 +10,7 @@ import platform
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ from token_transformer import (
 )
 
 import blt
-from blt.config import EntropyModelConfig, ModelConfig, RunConfig, TrainingConfig, TransformerConfig
+from blt.config import (
+    EntropyModelConfig,
+    HashEmbeddingsConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 from blt.config_file import read_run_config
 from blt.corpus import BatchReader, ByteShard
 from blt.documents import read_documents
@@ -43,6 +50,7 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "claims.toml"
 CPU = torch.device("cpu")
 ROW_BYTES = 512
+TOKENS_OF_TABLES = (2, 3)  # of token n-grams: about as many bytes as those of a BLT have, 3 to 8
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,13 @@ class Contender:
     settings: Mapping[str, Any] = field(default_factory=dict)
     width: int = 0  # bytes and bpe: of the transformer, whose depth the FLOPs decide
     vocabulary: int = 0  # bpe
+    tables: bool = False  # bpe: look-up tables of as many rows for n-grams of tokens as a BLT has for those of bytes
 
     def but(self, **changes: Any) -> "Contender":
-        """The same with other settings (dots written as two underscores), width or vocabulary."""
-        own = {name: changes.pop(name) for name in ("width", "vocabulary") if name in changes}
+        """The same with other settings (dots written as two underscores), width, vocabulary or tables."""
+        own = {name: changes.pop(name) for name in ("width", "vocabulary", "tables") if name in changes}
         settings = {**self.settings, **{name.replace("__", "."): value for name, value in changes.items()}}
-        return Contender(self.kind, settings, own.get("width", self.width), own.get("vocabulary", self.vocabulary))
+        return replace(self, settings=settings, **own)
 
 
 REFERENCE_FLOPS = 329_112  # of one byte, forward: what contenders are sized to, the FLOPs of claims.toml
@@ -81,6 +90,7 @@ CONTENDERS = {  # as tuning.py found them
     "bytes": Contender("bytes", BYTES_RATES | {"training.rows_per_step": 4}, width=48),
     "BPE": Contender("bpe", BPE_RATES, width=128, vocabulary=2048),
     "BPE of 3k": Contender("bpe", BPE_RATES, width=96, vocabulary=3072),
+    "BPE with tables": Contender("bpe", BPE_RATES, width=128, vocabulary=2048, tables=True),
 }
 
 
@@ -212,7 +222,9 @@ def _run_tokens(
     ids = ids_per_row(row_bytes, bytes_per_id)
     training = config.training.model_copy(update={"total_bytes": units.num_bytes, "row_bytes": ids})
     held_out = [document.data for document in validation.documents()]
-    model = train_token_model(folder, units, held_out, shape, tokenizer, training, reporter)
+    tables = HashEmbeddingsConfig(ngram_bytes=TOKENS_OF_TABLES, table_rows=config.model.hash_embeddings.table_rows)
+    tables_or_none = tables if contender.tables else None
+    model = train_token_model(folder, units, held_out, shape, tokenizer, training, reporter, tables_or_none)
     return {
         "train_flops_per_byte": training_flops(model, row_bytes, bytes_per_id),
         "inference_flops_per_byte": token_model_flops_per_byte(shape, row_bytes, bytes_per_id, model.num_ids),

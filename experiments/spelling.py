@@ -23,7 +23,19 @@ from blt.documents import read_documents
 from blt.language_model import LanguageModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-COMPARED = ("BLT, entropy", "BPE")
+FLOPS = 4 * REFERENCE_FLOPS  # copying a letter takes two layers of attention at least
+LOCAL = {"num_layers": 2, "width": 64, "num_heads": 2, "ffn_width": 176, "window_positions": 128}
+COMPARED = {
+    "BLT, entropy": CONTENDERS["BLT, entropy"].but(
+        model__local_encoder={**LOCAL, "num_layers": 1},
+        model__local_decoder=LOCAL,
+        model__latent__width=192,
+        model__latent__num_heads=3,
+        model__latent__ffn_width=528,
+        training__learning_rate=3e-3,
+    ),
+    "BPE": CONTENDERS["BPE"].but(width=192, vocabulary=4096, training__learning_rate=3e-3),
+}
 QUESTIONS_A_DOCUMENT = 12
 RANDOM_WORDS = 0.1  # of the words in questions are strings of random letters
 ROWS_AT_ONCE = 16
@@ -205,12 +217,12 @@ def main() -> None:
         )
     models = []
     for seed in range(chosen.seeds):
-        for name in COMPARED:
+        for name, contender in COMPARED.items():
             if chosen.only and not any(word in name for word in chosen.only):
                 continue
-            contender = CONTENDERS[name].but(training__row_bytes=1024, training__rows_per_step=4)
+            contender = contender.but(training__row_bytes=1024, training__rows_per_step=4)
             folder = chosen.work / "runs" / "spelling" / f"{num_bytes / 1e6:g}MB" / f"{name.replace(', ', '.')}.{seed}"
-            figures = run(contender, text, {}, folder, REFERENCE_FLOPS, seed, chosen.dtype)
+            figures = run(contender, text, {}, folder, FLOPS, seed, chosen.dtype)
             models.append({"name": name, "cute": measure(folder, prompts, questions, most), **figures})
             write(chosen.out, {"budget": chosen.budget, "words": len(words), "questions": most, "models": models})
             draw(models, chosen.out.with_suffix(".png"))

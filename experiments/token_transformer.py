@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, BYTE_OFFSET, document_ids, encode
-from blt.config import TrainingConfig, TransformerConfig
+from blt.config import HashEmbeddingsConfig, TrainingConfig, TransformerConfig
 from blt.corpus import ByteShard
 from blt.evaluate import Score, score_ids
 from blt.flops import token_model_flops_per_byte
+from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.kv_cache import KeyValueCache, Span
 from blt.model.linear import Linear
 from blt.model.norm import RMSNorm
@@ -33,17 +34,22 @@ CPU = torch.device("cpu")
 
 
 class TokenTransformer(nn.Module):
-    """Embedding, transformer, norm, untied head."""
+    """Embedding, with tables those of hashed n-grams of ids on top, transformer, norm, untied head."""
 
-    def __init__(self, config: TransformerConfig, num_ids: int) -> None:
+    def __init__(self, config: TransformerConfig, num_ids: int, tables: HashEmbeddingsConfig | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_ids, config.width)
+        self.hash_embeddings = None if tables is None else HashEmbeddings(tables, config.width)
         self.transformer = Transformer(config)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = Linear(config.width, num_ids)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.predict(self.transformer(self.embedding(ids), document_ids(ids)))
+        return self.predict(self.transformer(self.embed(ids), document_ids(ids)))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        embedded = self.embedding(ids)
+        return embedded if self.hash_embeddings is None else embedded + self.hash_embeddings(ids)
 
     def predict(self, states: Tensor) -> Tensor:
         """Logits, from the last layer's states."""
@@ -93,11 +99,12 @@ class TokenModel:
         """What the model writes after a prompt, up to the bytes ``stop``; keys and values are kept."""
         assert self.tokenizer is not None
         cache, new, tokens = KeyValueCache(self.config, 1, CPU, torch.float32), self.ids(prompt), list[int]()
-        num_ids, written = 0, b""
+        ids, written = list[int](), b""
         while len(tokens) < max_tokens and stop not in written:
-            place = cache.place([0], [Span(num_ids, [0] * len(new))], len(new))
-            states = self.network.transformer.extend(self.network.embedding(torch.tensor([new])), (cache, place))
-            num_ids += len(new)
+            place = cache.place([0], [Span(len(ids), [0] * len(new))], len(new))
+            ids += new
+            embedded = self.network.embed(torch.tensor([ids]))[:, -len(new) :]  # an n-gram may begin in older ids
+            states = self.network.transformer.extend(embedded, (cache, place))
             new = [int(self.network.predict(states[:, -1:])[0, -1, BYTE_OFFSET:].argmax()) + BYTE_OFFSET]
             tokens.append(new[0] - BYTE_OFFSET)
             written = self.tokenizer.decode(tokens).encode()
@@ -166,10 +173,11 @@ def train_token_model(
     tokenizer: Tokenizer | None,
     training: TrainingConfig,
     reporter: Reporter,
+    tables: HashEmbeddingsConfig | None = None,
 ) -> TokenModel:
     """Train on a shard, of bytes or tokens, or go on where the folder was left."""
     torch.manual_seed(training.seed)
-    model = TokenModel(TokenTransformer(config, num_ids(tokenizer)), config, tokenizer, training.row_bytes)
+    model = TokenModel(TokenTransformer(config, num_ids(tokenizer), tables), config, tokenizer, training.row_bytes)
     initialise(model.network, torch.Generator().manual_seed(training.seed))
     folder.mkdir(parents=True, exist_ok=True)
     per_id = 3 * token_model_flops_per_byte(config, training.row_bytes, 1, num_ids(tokenizer))
@@ -190,6 +198,7 @@ def train_token_model(
     with stop_after_this_step() as stop_requested:
         optimise(job, shard, Metrics(folder / "metrics.jsonl"), reporter, stop_requested)
     shape = {"config": config.model_dump(), "window_ids": training.row_bytes, "tokenizer": tokenizer is not None}
+    shape |= {"tables": tables.model_dump(mode="json") if tables else None}
     (folder / "model.json").write_text(json.dumps(shape, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -201,7 +210,8 @@ def load_token_model(folder: Path) -> TokenModel:
     shape = json.loads((folder / "model.json").read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")) if shape["tokenizer"] else None
     config = TransformerConfig.model_validate(shape["config"])
-    network = TokenTransformer(config, num_ids(tokenizer))
+    tables = HashEmbeddingsConfig.model_validate(shape["tables"]) if shape.get("tables") else None
+    network = TokenTransformer(config, num_ids(tokenizer), tables)
     network.load_state_dict(load_file(folder / "model.safetensors"))
     return TokenModel(network.eval(), config, tokenizer, shape["window_ids"])
 

@@ -57,6 +57,12 @@ TRIALS = {
     "third BLT, where entropy rises": THIRD_BLT.but(model__patching__rule="entropy_rise"),
     "third BLT, rate 12e-3": THIRD_BLT.but(training__learning_rate=12e-3),
     "third BLT, 16 rows": THIRD_BLT.but(training__rows_per_step=16),
+    "third BLT, 16 rows, n-grams of 3 to 16": THIRD_BLT.but(
+        training__rows_per_step=16, model__hash_embeddings__ngram_bytes=[3, 4, 6, 8, 11, 16]
+    ),
+    "third BLT, 16 rows, n-grams of 2 to 12": THIRD_BLT.but(
+        training__rows_per_step=16, model__hash_embeddings__ngram_bytes=[2, 3, 4, 6, 8, 12]
+    ),
     "third BLT, decoder of 2": THIRD_BLT.but(model__local_decoder={**LOCAL_48, "num_layers": 2}),
     "third BLT, decoder of 2, 16 rows": with_settings(THIRD_BLT, TWO_LAYERS),
     "third BLT, decoder of 2, 16 rows, table rate 4e-2": with_settings(

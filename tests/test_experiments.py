@@ -31,6 +31,7 @@ from blt.flops import flops_per_byte, token_model_flops_per_byte
 from blt.progress import Reporter
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+TABLES = contenders.HashEmbeddingsConfig(ngram_bytes=(2, 3), table_rows=64)
 TEXT = "The cat sat on the mat, and the dog sat on the cat; naïve ones were 貓.\n"
 
 
@@ -57,13 +58,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small token model that nobody trained, with a tokenizer of TEXT."""
+@pytest.fixture(scope="module", params=[None, TABLES], ids=["plain", "tables"])
+def tokens(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
+    """A small token model that nobody trained, with a tokenizer of TEXT; with and without tables of token n-grams."""
     tokenizer = token_transformer.learned_bpe([TEXT], 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
     config = contenders.TransformerConfig(num_layers=2, width=16, num_heads=2)
     torch.manual_seed(0)
-    network = token_transformer.TokenTransformer(config, token_transformer.num_ids(tokenizer)).eval()
+    network = token_transformer.TokenTransformer(config, token_transformer.num_ids(tokenizer), request.param).eval()
     return token_transformer.TokenModel(network, config, tokenizer, 32)
 
 
@@ -112,7 +113,8 @@ def test_a_token_model_learns_resumes_and_loads_as_it_was_saved(tokens: Any, tmp
         total_bytes=2000, row_bytes=16, rows_per_step=4, learning_rate=1e-2, warmup_steps=2, dtype="float32"
     )
     with Reporter(quiet=True) as reporter:
-        arguments = (shard, [TEXT.encode()], tokens.config, tokens.tokenizer, training, reporter)
+        tables = TABLES if tokens.network.hash_embeddings else None
+        arguments = (shard, [TEXT.encode()], tokens.config, tokens.tokenizer, training, reporter, tables)
         trained = token_transformer.train_token_model(tmp_path / "run", *arguments)
         again = token_transformer.train_token_model(tmp_path / "run", *arguments)
     loaded = token_transformer.load_token_model(tmp_path / "run")
