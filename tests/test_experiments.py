@@ -226,8 +226,27 @@ def test_changed_code_computes_something_else_and_only_while_it_lasts() -> None:
         names = [*ablations.CHANGED_CODE, "no cross-attention at all"]
         assert set(names) < set(ablations.VARIANTS)
         for name in names:
+            if "tables of whole patches" in name:  # changes what is built, see below
+                continue
             with ablations.changed_code(name):
                 changed = network(ids, starts)
             assert changed.isfinite().all()
             assert not torch.allclose(changed, before)
             assert torch.equal(network(ids, starts), before)
+
+
+def test_tables_of_whole_patches_are_read_by_the_patches_that_follow() -> None:
+    ids = torch.tensor([encode("aaaabbaaaa")])
+    starts = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1]]).bool()
+    torch.manual_seed(0)
+    _, before = random_models(tiny_config())
+    torch.manual_seed(0)
+    with ablations.changed_code("tables of whole patches"), torch.no_grad():
+        _, network = random_models(tiny_config())
+        network.load_state_dict(before.state_dict(), strict=False)
+        network.local_encoder.patch_tables.tables.weight.zero_()
+        assert torch.equal(network(ids, starts), before(ids, starts))
+        rows = ablations.patch_rows(ids, torch.tensor([0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3]), 4)
+        network.local_encoder.patch_tables.tables.weight[rows[2, 0]] = 1.0  # of the patch "bb"
+        changed = (network(ids, starts) != before(ids, starts)).any(-1)[0].tolist()
+    assert changed.index(True) == 6  # the last byte of "bb" is the first to know it, as it predicts the next patch's first
