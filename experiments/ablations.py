@@ -69,6 +69,8 @@ VARIANTS: dict[str, Contender] = {
     "encoder queries of the mean": BLT,
     "encoder 1, decoder 2, cross-attention in its first only": TWO_LAYERS,
     "no cross-attention at all": BLT,
+    "no patches are read": BLT,
+    "no patches are read, no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
     "entropy model of 1 x 32": entropy_model(num_layers=1, width=32, num_heads=1, ffn_width=88),
     "entropy model of 1 x 64": entropy_model(num_layers=1, width=64, num_heads=1, ffn_width=176),
     "entropy model of 2 x 128": entropy_model(),
@@ -110,6 +112,13 @@ def first_layer_only(self: LocalDecoder, latent_states: Tensor) -> list[tuple[Te
     first, *others = self.crosses
     keys, values = first.keys_values(slots)
     return [(keys, values), *((torch.zeros_like(keys), torch.zeros_like(values)) for _ in others)]
+
+
+def nothing_of_patches(self: LocalDecoder, latent_states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """In the place of keys and values: zeros, so that the local parts are alone. What that costs is what patches are worth."""
+    return [
+        (torch.zeros_like(keys), torch.zeros_like(values)) for keys, values in first_layer_only(self, latent_states)
+    ]
 
 
 def latent_added(
@@ -160,6 +169,10 @@ CHANGED_CODE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "encoder queries of the mean": lambda: patch.object(local_encoder, "max_over_patches", mean_over_patches),
     "encoder 1, decoder 2, cross-attention in its first only": lambda: patch.object(
         LocalDecoder, "slot_keys_values", first_layer_only
+    ),
+    **dict.fromkeys(
+        [name for name in VARIANTS if "no patches are read" in name],
+        lambda: patch.object(LocalDecoder, "slot_keys_values", nothing_of_patches),
     ),
     **dict.fromkeys(
         [name for name in VARIANTS if "tables of whole patches" in name],

@@ -47,14 +47,16 @@ def rounded(lm: LanguageModel) -> LanguageModel:
     return lm
 
 
-def figures_by_domain(lm: LanguageModel, data: Path, work: Path, num_bytes: int, reporter: Reporter) -> dict[str, Any]:
+def figures_by_domain(
+    lm: LanguageModel, data: Path, work: Path, num_bytes: int, window: int, reporter: Reporter
+) -> dict[str, Any]:
     """Bits per byte on held-out text of each domain, beside compressors."""
     inputs = {}
     for mix in MIXES:
         paths = paths_of(data, mix, "test")
         file = mixed(paths, num_bytes, work / "texts" / f"{mix}.test.{num_bytes}.jsonl")
         inputs[mix] = [Document(mix, text) for text in documents_of(file)]
-    return evaluate_inputs(lm.predict, inputs, 512, lm.device, reporter)
+    return evaluate_inputs(lm.predict, inputs, window, lm.device, reporter)
 
 
 def main() -> None:
@@ -71,8 +73,9 @@ def main() -> None:
             lm = rounded(trained(chosen.data, chosen.work / "builtin", chosen.settings, reporter))
         except FileNotFoundError as error:
             parser.error(str(error))
-        found = figures_by_domain(lm, chosen.data, chosen.work, HELD_OUT_BYTES[chosen.budget], reporter)
-    config = read_run_config(chosen.work / "builtin" / "config.toml")
+        config = read_run_config(chosen.work / "builtin" / "config.toml")
+        window = config.training.row_bytes
+        found = figures_by_domain(lm, chosen.data, chosen.work, HELD_OUT_BYTES[chosen.budget], window, reporter)
     learned_from = "; ".join(f"{what} ({licence})" for licence, what in SOURCES.items())
     how = f"from nothing on {config.training.total_bytes / 1e6:.0f} MB: {learned_from}; none of this text is in the package"
     lm.card = with_figures(ModelCard(license="apache-2.0"), found, how)

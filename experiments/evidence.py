@@ -130,9 +130,30 @@ def ablations(found: Results) -> str:
     return lines(["variant", "bits per byte", "against as it is", "M parameters", "training MFLOPs/byte"], rows)
 
 
+def latent_learning(found: Results) -> str:
+    rows = [[f"{run['learning_rate']:g}", f"{run['letter_bits']:.3f}"] for run in found["runs"]]
+    return lines(["learning rate", f"bits of the letter (chance: {found['chance_bits']:.2f})"], rows)
+
+
+def builtin_model(found: Results) -> str:
+    figures = ("bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte", "mean_patch_bytes")
+    rows = [[domain, *(f"{of[name]:.3f}" for name in figures)] for domain, of in found["files"].items()]
+    return lines(["held-out text", "bits per byte", "gzip -9", "xz -9e", "bytes of a patch"], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     table.__name__: table
-    for table in (tuning, as_good_as_tokens, under_noise, languages, spelling, fixed_inference_flops, ablations)
+    for table in (
+        tuning,
+        as_good_as_tokens,
+        fixed_inference_flops,
+        spelling,
+        under_noise,
+        languages,
+        ablations,
+        latent_learning,
+        builtin_model,
+    )
 }
 
 

@@ -37,7 +37,7 @@ COMPARED = {
     "BPE": CONTENDERS["BPE"].but(width=192, vocabulary=4096, training__learning_rate=3e-3),
 }
 QUESTIONS_A_DOCUMENT = 12
-RANDOM_WORDS = 0.1  # of the words in questions are strings of random letters
+RANDOM_WORDS = 0.5  # of the words in questions are strings of random letters
 ROWS_AT_ONCE = 16
 Question = tuple[tuple[str, ...], str]  # what the prompt asks about, and the answer
 
@@ -110,6 +110,14 @@ def word_list(text: Path, held_out: set[str]) -> list[str]:
     )
 
 
+def made_up(chance: random.Random) -> str:
+    """Letters without an order, so that their answers cannot be had from knowing words."""
+    word = ""
+    while not can_be_swapped(word):
+        word = "".join(chance.choices(LETTERS, k=chance.randint(2, 14)))
+    return word
+
+
 def documents(prompts: Mapping[str, str], words: Sequence[str], num_bytes: int, seed: int) -> Iterator[str]:
     """Texts of one task each: its prompt with the four examples, then questions with their answers."""
     chance = random.Random(seed)
@@ -118,9 +126,7 @@ def documents(prompts: Mapping[str, str], words: Sequence[str], num_bytes: int, 
         introduction, _, question = prompts[name].rpartition("Question:")
         asked = []
         for _ in range(QUESTIONS_A_DOCUMENT):
-            word = chance.choice(words)
-            if chance.random() < RANDOM_WORDS:
-                word = "".join(chance.sample(LETTERS, chance.randint(2, 14)))
+            word = made_up(chance) if chance.random() < RANDOM_WORDS else chance.choice(words)
             arguments, answer = TASKS[name](word, chance)
             asked.append(f'Question:{question.format(*arguments)} Answer: "{answer}"\n')
         text = introduction + "".join(asked)

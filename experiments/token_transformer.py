@@ -194,6 +194,8 @@ def train_token_model(
     def save() -> None:
         save_file(model.network.state_dict(), folder / "model.safetensors")
 
+    if tokenizer is not None:
+        reporter.say("network: what progress says of bytes is said of tokens here; scores are per byte")
     job = Job("network", model.network, training, folder / "state", loss, evaluate, save, lambda _: per_id)
     with stop_after_this_step() as stop_requested:
         optimise(job, shard, Metrics(folder / "metrics.jsonl"), reporter, stop_requested)
