@@ -249,4 +249,4 @@ def test_tables_of_whole_patches_are_read_by_the_patches_that_follow() -> None:
         rows = ablations.patch_rows(ids, torch.tensor([0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3]), 4)
         network.local_encoder.patch_tables.tables.weight[rows[2, 0]] = 1.0  # of the patch "bb"
         changed = (network(ids, starts) != before(ids, starts)).any(-1)[0].tolist()
-    assert changed.index(True) == 6  # the last byte of "bb" is the first to know it, as it predicts the next patch's first
+    assert changed.index(True) == 6  # the last byte of "bb", which predicts the next patch's first
