@@ -141,9 +141,8 @@ class WithPatchTables(LocalEncoder):
 
     def forward(self, byte_ids: Tensor, segments: Tensor, documents: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
         byte_states, patch_states = super().forward(byte_ids, segments, documents, num_patches)
-        return byte_states, patch_states + self.patch_tables.look_up(patch_rows(byte_ids, segments, num_patches)[None])[
-            0
-        ]
+        (rows,) = self.patch_tables.look_up(patch_rows(byte_ids, segments, num_patches)[None])
+        return byte_states, patch_states + rows
 
 
 def patch_rows(byte_ids: Tensor, segments: Tensor, num_patches: int) -> Tensor:

@@ -6,8 +6,10 @@ transformer. Every rate has the same text, model and number of steps.
 """
 
 import json
+import math
 import random
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -18,10 +20,9 @@ from blt.byte_ids import encode
 from blt.language_model import LanguageModel
 
 FILLER = "the quick brown fox jumps over a lazy dog and then runs away"[:59]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BYTES = {"smoke": 100_000, "minutes": 5_000_000, "hour": 20_000_000, "longer": 100_000_000}
-CHANCE_BITS = 4.7004  # log2 26
+CHANCE_BITS = math.log2(len(ascii_lowercase))
 NARROW = {**LOCAL, "window_positions": 16}
 BLT = CONTENDERS["BLT, fixed 4"].but(model__local_encoder=NARROW, model__local_decoder=NARROW)
 
@@ -32,7 +33,7 @@ def document(chance: random.Random) -> str:
     >>> document(random.Random(0))[58:63]
     'wamth'
     """
-    return ((chance.choice(LETTERS) + FILLER) * 9)[: ROW_BYTES - 2]
+    return ((chance.choice(ascii_lowercase) + FILLER) * 9)[: ROW_BYTES - 2]
 
 
 def letter_bits(lm: LanguageModel, documents: list[str]) -> float:
@@ -40,7 +41,7 @@ def letter_bits(lm: LanguageModel, documents: list[str]) -> float:
     ids = torch.tensor([encode(text) for text in documents])
     with torch.no_grad():
         expected = lm.predict(ids)[0].log_softmax(-1)[:, :-1]
-    bits = -expected.gather(-1, ids[:, 1:, None])[..., 0] / torch.log(torch.tensor(2.0))
+    bits = -expected.gather(-1, ids[:, 1:, None])[..., 0] / math.log(2)
     return float(bits[:, len(FILLER) + 1 :: len(FILLER) + 1].mean())
 
 
@@ -72,12 +73,16 @@ def main() -> None:
     for seed in range(chosen.seeds):
         for rate in RATES:
             folder = chosen.work / "runs" / "latent_learning" / f"{num_bytes / 1e6:g}MB" / f"{rate:g}.{seed}"
+            label = f"rate {rate:g}, seed {seed}"
+            skipped = chosen.only and not any(words in label for words in chosen.only)
+            if skipped and not (folder / "result.json").exists():
+                continue
             contender = BLT.but(training__learning_rate=rate)
             figures = run(contender, text, {}, folder, REFERENCE_FLOPS, seed, chosen.dtype)
             lm = load(folder)
             assert isinstance(lm, LanguageModel)
             runs.append({"learning_rate": rate, "letter_bits": letter_bits(lm, documents), **figures})
-            print(f"rate {rate:g}, seed {seed}: {runs[-1]['letter_bits']:.3f} bits", flush=True)
+            print(f"{label}: {runs[-1]['letter_bits']:.3f} bits", flush=True)
             write(chosen.out, {"budget": chosen.budget, "chance_bits": CHANCE_BITS, "runs": runs})
     draw(runs, chosen.out.with_suffix(".png"))
 

@@ -110,15 +110,17 @@ def word_list(text: Path, held_out: set[str]) -> list[str]:
     )
 
 
-def made_up(chance: random.Random) -> str:
-    """Letters without an order, so that their answers cannot be had from knowing words."""
+def made_up(chance: random.Random, held_out: set[str]) -> str:
+    """Letters without an order, so that their answers cannot be had from knowing words; none of those held out."""
     word = ""
-    while not can_be_swapped(word):
+    while not can_be_swapped(word) or word in held_out:
         word = "".join(chance.choices(LETTERS, k=chance.randint(2, 14)))
     return word
 
 
-def documents(prompts: Mapping[str, str], words: Sequence[str], num_bytes: int, seed: int) -> Iterator[str]:
+def documents(
+    prompts: Mapping[str, str], words: Sequence[str], held_out: set[str], num_bytes: int, seed: int
+) -> Iterator[str]:
     """Texts of one task each: its prompt with the four examples, then questions with their answers."""
     chance = random.Random(seed)
     while num_bytes > 0:
@@ -126,7 +128,7 @@ def documents(prompts: Mapping[str, str], words: Sequence[str], num_bytes: int, 
         introduction, _, question = prompts[name].rpartition("Question:")
         asked = []
         for _ in range(QUESTIONS_A_DOCUMENT):
-            word = made_up(chance) if chance.random() < RANDOM_WORDS else chance.choice(words)
+            word = made_up(chance, held_out) if chance.random() < RANDOM_WORDS else chance.choice(words)
             arguments, answer = TASKS[name](word, chance)
             asked.append(f'Question:{question.format(*arguments)} Answer: "{answer}"\n')
         text = introduction + "".join(asked)
@@ -212,14 +214,17 @@ def main() -> None:
     num_bytes, most = chosen.bytes or BUDGETS[chosen.budget], 20 if chosen.budget == "smoke" else 1000
     try:
         prompts, questions = cute(chosen.data)
-        held_out = {text for listed in questions.values() for arguments, _ in listed for text in arguments}
+        asked = (text for listed in questions.values() for arguments, _ in listed for text in arguments)
+        held_out = {text.replace(" ", "") for text in asked}  # also the words that are asked for letter by letter
         words = word_list(train_text(chosen, "english", 10_000_000), held_out)
     except FileNotFoundError as error:
         parser.error(str(error))
     text = chosen.work / "texts" / f"spelling.{num_bytes}.jsonl"
     if not text.exists():
         text.write_text(
-            "".join(json.dumps({"text": made}) + "\n" for made in documents(prompts, words, num_bytes, seed=0))
+            "".join(
+                json.dumps({"text": made}) + "\n" for made in documents(prompts, words, held_out, num_bytes, seed=0)
+            )
         )
     models = []
     for seed in range(chosen.seeds):

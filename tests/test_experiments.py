@@ -13,6 +13,7 @@ import as_good_as_tokens
 import claim
 import contenders
 import evidence
+import latent_learning
 import numpy as np
 import pytest
 import spelling
@@ -250,3 +251,27 @@ def test_tables_of_whole_patches_are_read_by_the_patches_that_follow() -> None:
         network.local_encoder.patch_tables.tables.weight[rows[2, 0]] = 1.0  # of the patch "bb"
         changed = (network(ids, starts) != before(ids, starts)).any(-1)[0].tolist()
     assert changed.index(True) == 6  # the last byte of "bb", which predicts the next patch's first
+
+
+def test_bits_of_a_letter_are_taken_where_it_comes_again_and_nowhere_else() -> None:
+    documents = [latent_learning.document(random.Random(seed)) for seed in range(3)]
+    ids = torch.tensor([encode(text) for text in documents])
+    again = torch.tensor([place > 0 and place % 60 == 0 for place in range(len(documents[0]))])
+    right = torch.nn.functional.one_hot(ids[:, 1:], 260) * 1000.0
+
+    class Knows:
+        def __init__(self, places: torch.Tensor) -> None:
+            self.logits = torch.nn.functional.pad(right * places[:, None], (0, 0, 0, 1))
+
+        def predict(self, ids: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.logits,)
+
+    assert latent_learning.letter_bits(Knows(again), documents) == pytest.approx(0)
+    assert latent_learning.letter_bits(Knows(~again), documents) == pytest.approx(math.log2(260))
+
+
+def test_made_up_words_are_none_of_those_asked_about() -> None:
+    every_pair_but_one = {a + b for a in spelling.LETTERS for b in spelling.LETTERS} - {"qz"}
+    made = [spelling.made_up(random.Random(seed), every_pair_but_one) for seed in range(500)]
+    assert not set(made) & every_pair_but_one
+    assert all(spelling.can_be_swapped(word) for word in made)
