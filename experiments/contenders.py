@@ -238,7 +238,15 @@ def _run_tokens(
 
 def lm_training(training: TrainingConfig) -> dict[str, Any]:
     """What of the training's settings was tuned."""
-    names = {"row_bytes", "rows_per_step", "learning_rate", "table_learning_rate", "warmup_steps", "dtype"}
+    names = {
+        "row_bytes",
+        "rows_per_step",
+        "learning_rate",
+        "table_learning_rate",
+        "warmup_steps",
+        "dtype",
+        "matrix_optimizer",
+    }
     return training.model_dump(include=names)
 
 

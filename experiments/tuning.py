@@ -16,6 +16,7 @@ from texts import MIXES, mixed, paths_of
 
 FIXED = {"model.patching.rule": "fixed", "model.patching.patch_bytes": 4, "model.entropy_model": None}
 NO_TABLES = {"model.hash_embeddings.table_rows": 1}
+LOCAL_32 = {"num_layers": 1, "width": 32, "num_heads": 1, "ffn_width": 88, "window_positions": 64}
 LOCAL_48 = {"num_layers": 1, "width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 64}
 
 # where tuning began: what two first looks, at more FLOPs per byte, had found (docs/log.md)
@@ -32,12 +33,18 @@ BYTES = Contender(
 SECOND_BLT = BLT.but(training__learning_rate=8e-3)
 SECOND_BPE = BPE.but(training__learning_rate=5e-3, training__table_learning_rate=5e-2)
 THIRD_BLT = SECOND_BLT.but(model__local_encoder=LOCAL_48, model__local_decoder=LOCAL_48)
+MUON = {"training.matrix_optimizer": "muon"}
 TWO_LAYERS = {"model.local_decoder": {**LOCAL_48, "num_layers": 2}, "training.rows_per_step": 16}
 
 
 def with_settings(contender: Contender, *settings: Mapping[str, Any]) -> Contender:
     return Contender(contender.kind, dict(ChainMap(*map(dict, settings), dict(contender.settings))))
 
+
+# once AdamW had proved to leave the latent transformer asleep (docs/log.md), all of them with Muon
+MUON_BLT = with_settings(THIRD_BLT.but(training__rows_per_step=16), MUON)
+MUON_BPE = with_settings(SECOND_BPE.but(training__table_learning_rate=1e-1), MUON)
+MUON_BYTES = with_settings(BYTES.but(width=48), MUON)
 
 TRIALS = {
     "BLT": BLT,
@@ -92,6 +99,30 @@ TRIALS = {
     "bytes, 2 rows": BYTES.but(training__rows_per_step=2),
     "bytes, width 96": BYTES.but(width=96),
     "bytes, width 48": BYTES.but(width=48),
+    "Muon BLT": MUON_BLT,
+    "Muon BLT, fixed 4": with_settings(MUON_BLT, FIXED),
+    "Muon BLT, rate 5e-3": MUON_BLT.but(training__learning_rate=5e-3),
+    "Muon BLT, rate 12e-3": MUON_BLT.but(training__learning_rate=12e-3),
+    "Muon BLT, 8 rows": MUON_BLT.but(training__rows_per_step=8),
+    "Muon BLT, where entropy rises": MUON_BLT.but(model__patching__rule="entropy_rise"),
+    "Muon BLT, patches of 3.5": MUON_BLT.but(calibration__target_patch_bytes=3.5),
+    "Muon BLT, patches of 6": MUON_BLT.but(calibration__target_patch_bytes=6.0),
+    "Muon BLT, local parts of 32": MUON_BLT.but(model__local_encoder=LOCAL_32, model__local_decoder=LOCAL_32),
+    "Muon BPE": MUON_BPE,
+    "Muon BPE, rate 8e-3": MUON_BPE.but(training__learning_rate=8e-3),
+    "Muon BPE, rate 12e-3": MUON_BPE.but(training__learning_rate=12e-3),
+    "Muon BPE, rate 8e-3, 16 rows": MUON_BPE.but(training__learning_rate=8e-3, training__rows_per_step=16),
+    "Muon BPE, rate 8e-3, table rate 5e-2": MUON_BPE.but(
+        training__learning_rate=8e-3, training__table_learning_rate=5e-2
+    ),
+    "Muon BPE, rate 8e-3, width 96, vocabulary 3072": MUON_BPE.but(
+        training__learning_rate=8e-3, width=96, vocabulary=3072
+    ),
+    "Muon bytes": MUON_BYTES,
+    "Muon bytes, rate 4e-3": MUON_BYTES.but(training__learning_rate=4e-3),
+    "Muon bytes, rate 8e-3": MUON_BYTES.but(training__learning_rate=8e-3),
+    "Muon bytes, rate 4e-3, 8 rows": MUON_BYTES.but(training__learning_rate=4e-3, training__rows_per_step=8),
+    "Muon bytes, rate 4e-3, width 64": MUON_BYTES.but(training__learning_rate=4e-3, width=64),
 }
 
 

@@ -204,6 +204,7 @@ class TrainingConfig(Config):
     micro_batches: int = Field(1, ge=1)  # gradient accumulation: a step's rows in this many passes
     learning_rate: float = Field(4e-4, gt=0)
     table_learning_rate: float | None = Field(None, gt=0)  # of byte and hash embeddings; absent: as all others
+    matrix_optimizer: Literal["adamw", "muon"] = "adamw"  # of all matrices but a head; the rest is AdamW's
     schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
     warmup_steps: int = Field(50, ge=0)
     decay_fraction: float = Field(0.2, gt=0, le=1)  # warmup_stable_decay: the last part, a straight line to 0

@@ -22,6 +22,7 @@ from blt.config import TrainingConfig
 from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.latent_transformer import LatentTransformer
 from blt.model.transformer import Transformer
+from blt.muon import Muon
 from blt.processor import keep_freed_memory, multiply_fast_in_fp32, product_flops_per_second
 from blt.progress import Reporter
 from blt.row_adamw import RowAdamW, clip_gradients
@@ -236,13 +237,16 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> RowAdamW:
-    """AdamW over what is not frozen; matrices decay, norms and embedding tables do not. Hash tables go row by row and may have
-    their own rate, as latent layers may.
+    """AdamW, or Muon for matrices, over what is not frozen. Matrices decay, norms and embedding tables do not; hash tables go
+    row by row and may have their own rate, as latent layers may. A head's matrix is AdamW's: its rows are bytes, not states.
     """
     rate, table_rate = config.learning_rate, config.table_learning_rate or config.learning_rate
+    orthogonal = config.matrix_optimizer == "muon"
     kind = {id(part.weight): "matrix" for part in model.modules() if isinstance(part, nn.Linear)}
     kind |= {id(part.weight): "embedding" for part in model.modules() if isinstance(part, nn.Embedding)}
     kind |= {id(part.tables.weight): "table" for part in model.modules() if isinstance(part, HashEmbeddings)}
+    if orthogonal:
+        kind |= {id(weight): "head" for name, weight in model.named_parameters() if name.endswith("head.weight")}
     latent = {
         id(weight)
         for part in model.modules()
@@ -259,16 +263,21 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> RowAdamW:
         return {"params": chosen, "peak_lr": peak_lr, **options}
 
     latent_rate, decay = rate * config.latent_learning_rate_factor, config.weight_decay
+    muon = {"orthogonal": True} if orthogonal else {}
     groups = [
-        group("matrix", rate, weight_decay=decay),
+        group("matrix", rate, weight_decay=decay, **muon),
+        group("head", rate, weight_decay=decay),
         group("embedding", table_rate),
         group("table", table_rate, by_row=True),
         group("norm", rate),
-        group("matrix", latent_rate, in_latent=True, weight_decay=decay),
+        group("matrix", latent_rate, in_latent=True, weight_decay=decay, **muon),
         group("norm", latent_rate, in_latent=True),
     ]
     groups = [group for group in groups if group["params"]]  # an entropy model has no tables
-    return RowAdamW(groups, lr=rate, betas=config.betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
+    settings: dict[str, Any] = {"lr": rate, "betas": config.betas, "eps": config.adam_eps, "weight_decay": 0.0}
+    if orthogonal:
+        return Muon(groups, _product_dtype(config), fused=True, **settings)
+    return RowAdamW(groups, fused=True, **settings)
 
 
 def next_id_loss(logits: Tensor, targets: ByteIds) -> Tensor:
