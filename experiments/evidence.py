@@ -131,8 +131,10 @@ def ablations(found: Results) -> str:
 
 
 def latent_learning(found: Results) -> str:
-    rows = [[f"{run['learning_rate']:g}", f"{run['letter_bits']:.3f}"] for run in found["runs"]]
-    return lines(["learning rate", f"bits of the letter (chance: {found['chance_bits']:.2f})"], rows)
+    rows = [
+        [run["matrix_optimizer"], f"{run['learning_rate']:g}", f"{run['letter_bits']:.3f}"] for run in found["runs"]
+    ]
+    return lines(["optimiser", "learning rate", f"bits of the letter (chance: {found['chance_bits']:.2f})"], rows)
 
 
 def builtin_model(found: Results) -> str:

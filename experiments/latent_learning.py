@@ -1,10 +1,11 @@
-"""At which learning rates does the latent transformer learn anything?
+"""At which learning rates does the latent transformer learn anything, by AdamW and by Muon?
 
 Each document repeats one letter, drawn at random, after every 59 bytes of a text that is always the same. Local parts with
 windows of 16 bytes cannot see the letter again: what is known of it beyond chance, log2 26 = 4.70 bits, came through the latent
-transformer. Every rate has the same text, model and number of steps.
+transformer. All runs have the same text, model and number of steps.
 """
 
+import itertools
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from blt.language_model import LanguageModel
 
 FILLER = "the quick brown fox jumps over a lazy dog and then runs away"[:59]
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+OPTIMIZERS = ("adamw", "muon")
 BYTES = {"smoke": 100_000, "minutes": 5_000_000, "hour": 20_000_000, "longer": 100_000_000}
 CHANCE_BITS = math.log2(len(ascii_lowercase))
 NARROW = {**LOCAL, "window_positions": 16}
@@ -48,7 +50,9 @@ def letter_bits(lm: LanguageModel, documents: list[str]) -> float:
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Bits of the letter by learning rate."""
     figure, axes = subplots(figsize=(5.5, 3.6))
-    axes.plot([run["learning_rate"] for run in runs], [run["letter_bits"] for run in runs], "o-")
+    for optimizer in OPTIMIZERS:
+        of = [run for run in runs if run["matrix_optimizer"] == optimizer]
+        axes.plot([run["learning_rate"] for run in of], [run["letter_bits"] for run in of], "o-", label=optimizer)
     axes.axhline(CHANCE_BITS, color="grey", linewidth=0.8, label="chance")
     axes.set_xscale("log")
     axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
@@ -70,20 +74,20 @@ def main() -> None:
         text.write_text("".join(rows))
     runs, unseen = [], random.Random(1)
     documents = [document(unseen) for _ in range(64)]
-    for seed in range(chosen.seeds):
-        for rate in RATES:
-            folder = chosen.work / "runs" / "latent_learning" / f"{num_bytes / 1e6:g}MB" / f"{rate:g}.{seed}"
-            label = f"rate {rate:g}, seed {seed}"
-            skipped = chosen.only and not any(words in label for words in chosen.only)
-            if skipped and not (folder / "result.json").exists():
-                continue
-            contender = BLT.but(training__learning_rate=rate)
-            figures = run(contender, text, {}, folder, REFERENCE_FLOPS, seed, chosen.dtype)
-            lm = load(folder)
-            assert isinstance(lm, LanguageModel)
-            runs.append({"learning_rate": rate, "letter_bits": letter_bits(lm, documents), **figures})
-            print(f"{label}: {runs[-1]['letter_bits']:.3f} bits", flush=True)
-            write(chosen.out, {"budget": chosen.budget, "chance_bits": CHANCE_BITS, "runs": runs})
+    for seed, optimizer, rate in itertools.product(range(chosen.seeds), OPTIMIZERS, RATES):
+        size, label = f"{num_bytes / 1e6:g}MB", f"{optimizer}, rate {rate:g}, seed {seed}"
+        folder = chosen.work / "runs" / "latent_learning" / size / f"{optimizer}.{rate:g}.{seed}"
+        skipped = chosen.only and not any(words in label for words in chosen.only)
+        if skipped and not (folder / "result.json").exists():
+            continue
+        contender = BLT.but(training__learning_rate=rate, training__matrix_optimizer=optimizer)
+        figures = run(contender, text, {}, folder, REFERENCE_FLOPS, seed, chosen.dtype)
+        lm = load(folder)
+        assert isinstance(lm, LanguageModel)
+        about = {"matrix_optimizer": optimizer, "learning_rate": rate, "letter_bits": letter_bits(lm, documents)}
+        runs.append({**about, **figures})
+        print(f"{label}: {about['letter_bits']:.3f} bits", flush=True)
+        write(chosen.out, {"budget": chosen.budget, "chance_bits": CHANCE_BITS, "runs": runs})
     draw(runs, chosen.out.with_suffix(".png"))
 
 

@@ -7,6 +7,7 @@ import argparse
 import json
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ TWO_LAYERS = {"model.local_decoder": {**LOCAL_48, "num_layers": 2}, "training.ro
 
 
 def with_settings(contender: Contender, *settings: Mapping[str, Any]) -> Contender:
-    return Contender(contender.kind, dict(ChainMap(*map(dict, settings), dict(contender.settings))))
+    return replace(contender, settings=dict(ChainMap(*map(dict, settings), dict(contender.settings))))
 
 
 # once AdamW had proved to leave the latent transformer asleep (docs/log.md), all of them with Muon
