@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from claim import BUDGETS, Plan, do, options, subplots, write
-from contenders import CONTENDERS, REFERENCE_FLOPS
+from contenders import CONTENDERS, LARGE_CONTENDERS, LARGE_FLOPS, REFERENCE_FLOPS
 from texts import MIXES
 
 
 def plans(budget: str, seeds: int) -> Iterator[Plan]:
+    """From an hour on fewer and larger ones: what half an hour of text is worth does not fit into the small."""
+    large = BUDGETS[budget] >= BUDGETS["hour"]
+    flops = LARGE_FLOPS if large else REFERENCE_FLOPS
     for seed in range(seeds):
-        for mix in MIXES:
-            for name, contender in CONTENDERS.items():
+        for mix in ("english", "multilingual") if large else MIXES:
+            for name, contender in (LARGE_CONTENDERS if large else CONTENDERS).items():
                 if mix == "multilingual" and contender.width == 128:  # shorter tokens there, and a dearer head
                     contender = contender.but(width=96)
-                yield Plan(name, contender, mix, seed, BUDGETS[budget], REFERENCE_FLOPS)
+                yield Plan(name, contender, mix, seed, BUDGETS[budget], flops)
 
 
 def table(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

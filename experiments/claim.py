@@ -37,7 +37,7 @@ class Plan:
         return f"{self.mix}, {self.name}, seed {self.seed}"
 
     def folder(self, work: Path) -> Path:
-        size = f"{self.train_bytes / 1e6:g}MB"
+        size = f"{self.train_bytes / 1e6:g}MB.{self.flops / 1e6:.2f}MF"
         return work / "runs" / self.mix / size / f"{self.name.replace(', ', '.').replace(' ', '_')}.{self.seed}"
 
 

@@ -71,6 +71,7 @@ class Contender:
 
 
 REFERENCE_FLOPS = 329_112  # of one byte, forward: what contenders are sized to, the FLOPs of claims.toml
+MUON = {"training.matrix_optimizer": "muon"}
 LOCAL = {"num_layers": 1, "width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 64}
 BLT = Contender(
     "blt",
@@ -79,18 +80,35 @@ BLT = Contender(
         "model.local_decoder": LOCAL,
         "training.learning_rate": 8e-3,
         "training.rows_per_step": 16,
-    },
+    }
+    | MUON,
 )
-BPE_RATES = {"training.learning_rate": 5e-3, "training.table_learning_rate": 1e-1}
-BYTES_RATES = {"training.learning_rate": 2e-3, "training.table_learning_rate": 2e-2}
+BPE_RATES = {"training.learning_rate": 18e-3, "training.table_learning_rate": 1e-1} | MUON
+BYTES_RATES = {"training.learning_rate": 8e-3, "training.table_learning_rate": 2e-2} | MUON
+FIXED_4 = {"model__patching__rule": "fixed", "model__patching__patch_bytes": 4, "model__entropy_model": None}
 CONTENDERS = {  # as tuning.py found them
     "BLT, entropy": BLT,
     "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
-    "BLT, fixed 4": BLT.but(model__patching__rule="fixed", model__patching__patch_bytes=4, model__entropy_model=None),
+    "BLT, fixed 4": BLT.but(**FIXED_4),
     "bytes": Contender("bytes", BYTES_RATES | {"training.rows_per_step": 4}, width=48),
     "BPE": Contender("bpe", BPE_RATES, width=128, vocabulary=2048),
     "BPE of 3k": Contender("bpe", BPE_RATES, width=96, vocabulary=3072),
     "BPE with tables": Contender("bpe", BPE_RATES, width=128, vocabulary=2048, tables=True),
+}
+
+LARGE_FLOPS = 4 * REFERENCE_FLOPS  # for text that takes a core half an hour
+LARGE_LOCAL = {"num_layers": 1, "width": 64, "num_heads": 1, "ffn_width": 176, "window_positions": 64}
+LARGE_BLT = BLT.but(
+    model__local_encoder=LARGE_LOCAL,
+    model__local_decoder=LARGE_LOCAL,
+    model__latent__width=256,
+    model__latent__num_heads=4,
+    model__latent__ffn_width=704,
+)
+LARGE_CONTENDERS = {
+    "BLT, entropy": LARGE_BLT,
+    "BLT, fixed 4": LARGE_BLT.but(**FIXED_4),
+    "BPE": Contender("bpe", BPE_RATES, width=192, vocabulary=4096),
 }
 
 

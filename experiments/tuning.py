@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from claim import write
-from contenders import HERE, REFERENCE_FLOPS, Contender, run
+from contenders import FIXED_4, HERE, LARGE_CONTENDERS, LARGE_FLOPS, LARGE_LOCAL, REFERENCE_FLOPS, Contender, run
 from texts import MIXES, mixed, paths_of
 
-FIXED = {"model.patching.rule": "fixed", "model.patching.patch_bytes": 4, "model.entropy_model": None}
+FIXED = {name.replace("__", "."): value for name, value in FIXED_4.items()}
 NO_TABLES = {"model.hash_embeddings.table_rows": 1}
 LOCAL_32 = {"num_layers": 1, "width": 32, "num_heads": 1, "ffn_width": 88, "window_positions": 64}
 LOCAL_48 = {"num_layers": 1, "width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 64}
@@ -104,6 +104,7 @@ TRIALS = {
     "Muon BLT, fixed 4": with_settings(MUON_BLT, FIXED),
     "Muon BLT, rate 5e-3": MUON_BLT.but(training__learning_rate=5e-3),
     "Muon BLT, rate 12e-3": MUON_BLT.but(training__learning_rate=12e-3),
+    "Muon BLT, table rate 4e-2": MUON_BLT.but(training__table_learning_rate=4e-2),
     "Muon BLT, 8 rows": MUON_BLT.but(training__rows_per_step=8),
     "Muon BLT, where entropy rises": MUON_BLT.but(model__patching__rule="entropy_rise"),
     "Muon BLT, patches of 3.5": MUON_BLT.but(calibration__target_patch_bytes=3.5),
@@ -112,6 +113,12 @@ TRIALS = {
     "Muon BPE": MUON_BPE,
     "Muon BPE, rate 8e-3": MUON_BPE.but(training__learning_rate=8e-3),
     "Muon BPE, rate 12e-3": MUON_BPE.but(training__learning_rate=12e-3),
+    "Muon BPE, rate 18e-3": MUON_BPE.but(training__learning_rate=18e-3),
+    "Muon BPE, rate 12e-3, table rate 2e-1": MUON_BPE.but(
+        training__learning_rate=12e-3, training__table_learning_rate=2e-1
+    ),
+    "Muon BPE, rate 12e-3, 4 rows": MUON_BPE.but(training__learning_rate=12e-3, training__rows_per_step=4),
+    "Muon BPE, rate 12e-3, width 96": MUON_BPE.but(training__learning_rate=12e-3, width=96),
     "Muon BPE, rate 8e-3, 16 rows": MUON_BPE.but(training__learning_rate=8e-3, training__rows_per_step=16),
     "Muon BPE, rate 8e-3, table rate 5e-2": MUON_BPE.but(
         training__learning_rate=8e-3, training__table_learning_rate=5e-2
@@ -122,8 +129,26 @@ TRIALS = {
     "Muon bytes": MUON_BYTES,
     "Muon bytes, rate 4e-3": MUON_BYTES.but(training__learning_rate=4e-3),
     "Muon bytes, rate 8e-3": MUON_BYTES.but(training__learning_rate=8e-3),
+    "Muon bytes, rate 12e-3": MUON_BYTES.but(training__learning_rate=12e-3),
+    "Muon bytes, rate 18e-3": MUON_BYTES.but(training__learning_rate=18e-3),
+    "Muon bytes, rate 12e-3, 8 rows": MUON_BYTES.but(training__learning_rate=12e-3, training__rows_per_step=8),
+    "Muon bytes, rate 12e-3, table rate 6e-2": MUON_BYTES.but(
+        training__learning_rate=12e-3, training__table_learning_rate=6e-2
+    ),
     "Muon bytes, rate 4e-3, 8 rows": MUON_BYTES.but(training__learning_rate=4e-3, training__rows_per_step=8),
     "Muon bytes, rate 4e-3, width 64": MUON_BYTES.but(training__learning_rate=4e-3, width=64),
+}
+LARGE_BLT, LARGE_BPE = LARGE_CONTENDERS["BLT, entropy"], LARGE_CONTENDERS["BPE"]
+WIDE_LOCAL = {**LARGE_LOCAL, "width": 96, "ffn_width": 264}
+LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
+    "large BLT": LARGE_BLT,
+    "large BLT, fixed 4": LARGE_BLT.but(**FIXED_4),
+    "large BLT, rate 5e-3": LARGE_BLT.but(training__learning_rate=5e-3),
+    "large BLT, local parts of 96": LARGE_BLT.but(model__local_encoder=WIDE_LOCAL, model__local_decoder=WIDE_LOCAL),
+    "large BPE": LARGE_BPE,
+    "large BPE, rate 8e-3": LARGE_BPE.but(training__learning_rate=8e-3),
+    "large BPE, width 256": LARGE_BPE.but(width=256),
+    "large BPE, vocabulary 2048": LARGE_BPE.but(vocabulary=2048),
 }
 
 
@@ -145,13 +170,16 @@ def main() -> None:
     valid = mixed(
         paths_of(options.data, options.mix, "valid"), 200_000, options.work / "texts" / f"{options.mix}.valid.jsonl"
     )
-    for name, contender in TRIALS.items():
+    every = [
+        (name, of[name], flops) for of, flops in ((TRIALS, REFERENCE_FLOPS), (LARGE_TRIALS, LARGE_FLOPS)) for name in of
+    ]
+    for name, contender, flops in every:
         if options.only and not any(word in f"{name}." for word in options.only):
             continue
         folder = folder_of(name, options)
-        found = run(contender, text, {"valid": valid}, folder, REFERENCE_FLOPS, dtype=options.dtype)
+        found = run(contender, text, {"valid": valid}, folder, flops, dtype=options.dtype)
         print(f"{name}: {found['bits_per_byte']['valid']:.4f}", flush=True)
-    folders = {name: folder_of(name, options) / "result.json" for name in TRIALS}
+    folders = {name: folder_of(name, options) / "result.json" for name, *_ in every}
     trials = {name: json.loads(file.read_text()) for name, file in folders.items() if file.exists()}
     write(options.out, {"mix": options.mix, "trials": trials})
 

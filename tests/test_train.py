@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -12,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import blt.train
+from blt.byte_ids import BOS
 from blt.checkpoint import load_state, save_state, saved_steps
-from blt.config import RunConfig, TrainingConfig
+from blt.config import ModelConfig, RunConfig, TrainingConfig
 from blt.corpus import num_rows, open_shard, row_ids
 from blt.language_model import LanguageModel, load
-from blt.model.patching import mean_patch_bytes
+from blt.model.byte_latent_transformer import ByteLatentTransformer
+from blt.model.patching import mean_patch_bytes, patch_starts
+from blt.model.transformer import initialise
 from blt.optimise import Metrics, build_optimizer, learning_rate_factor, next_id_loss
 from blt.progress import Reporter
 from blt.train import train
@@ -388,3 +393,28 @@ def test_bf16_training_stays_close_to_fp32(text_file: Path, tmp_path: Path) -> N
     for dtype in ("float32", "bfloat16"):
         run(run_config(text_file, "fixed", dtype=dtype), tmp_path / dtype)
     assert losses(tmp_path / "bfloat16")[-1][2] == pytest.approx(losses(tmp_path / "float32")[-1][2], abs=0.15)
+
+
+def test_the_latent_transformer_learns_what_local_parts_cannot_see() -> None:
+    """One of 8 letters comes again after 15 bytes that tell nothing; windows of 6 bytes do not reach from one to the other."""
+    local = STACK | {"window_positions": 6}
+    patching = {"rule": "fixed", "patch_bytes": 4}
+    tables = {"table_rows": 1}
+    config = ModelConfig.model_validate(
+        {"entropy_model": None, "patching": patching, "hash_embeddings": tables, "local_encoder": local}
+        | {"latent": STACK | {"num_layers": 2, "width": 32}, "local_decoder": local}
+    )
+    network, chance = ByteLatentTransformer(config), torch.Generator().manual_seed(0)
+    initialise(network, chance)
+    training = TrainingConfig(total_bytes=1, learning_rate=1e-2, matrix_optimizer="muon", dtype="float32")
+    optimizer = build_optimizer(network, training)
+    for _ in range(120):
+        letters = torch.randint(200, 208, (32, 1), generator=chance)
+        filler = torch.arange(100, 115).expand(32, -1)
+        ids = torch.cat([torch.full_like(letters, BOS), letters, filler, letters], dim=1)
+        before_it = network(ids, patch_starts(ids, None, config.patching))[:, -2]
+        nats = F.cross_entropy(before_it, letters.squeeze(1))
+        optimizer.zero_grad()
+        nats.backward()
+        optimizer.step()
+    assert nats < 0.5 * math.log(8)
