@@ -81,6 +81,8 @@ VARIANTS: dict[str, Contender] = {
     "patches of at most 8": BLT.but(model__patching__max_patch_bytes=8),
     "patches at spaces": CONTENDERS["BLT, space"],
     "patches of fixed 4": FIXED,
+    "patches of 8": BLT.but(calibration__target_patch_bytes=8.0),
+    "patches of fixed 8": FIXED.but(model__patching__patch_bytes=8),
     "patches of fixed 4, no n-grams": FIXED.but(model__hash_embeddings__table_rows=1),
     "tables of whole patches": BLT,
     "patches at spaces, tables of whole patches": CONTENDERS["BLT, space"],

@@ -38,14 +38,14 @@ def as_good_as_tokens(found: Results) -> str:
         groups.setdefault((run["mix"], run["train_bytes"], run["name"]), []).append(run)
     for (mix, train_bytes, name), runs in groups.items():
         bits = [run["mean_bits_per_byte"] for run in runs]
-        ours = [run["mean_bits_per_byte"] for run in groups.get((mix, train_bytes, "BLT, entropy"), [])]
         seeds = ", ".join(f"{value:.4f}" for value in bits)
-        above = f"{100 * (mean(bits) / mean(ours) - 1):+.1f}%" if ours else ""
+        above, low, high = found["above_ours"].get(mix, {}).get(name, (0.0, 0.0, 0.0))
+        interval = f"{above:+.1f}% ({low:+.1f} to {high:+.1f})" if above else ""
         flops = f"{mean([run['inference_flops_per_byte'] for run in runs]) / 1e6:.2f}"
         seconds = f"{mean([run['train_seconds'] for run in runs]):.0f}"
         unit = f"{mean([mean(run['unit_bytes'].values()) for run in runs]):.2f}"
         million = f"{runs[0]['parameters']['total'] / 1e6:.1f}"
-        rows.append([mix, f"{train_bytes / 1e6:.1f}", name, seeds, above, flops, million, unit, seconds])
+        rows.append([mix, f"{train_bytes / 1e6:.1f}", name, seeds, interval, flops, million, unit, seconds])
     heads = [
         "text",
         "MB",

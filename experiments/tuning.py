@@ -104,12 +104,25 @@ TRIALS = {
     "Muon BLT, fixed 4": with_settings(MUON_BLT, FIXED),
     "Muon BLT, rate 5e-3": MUON_BLT.but(training__learning_rate=5e-3),
     "Muon BLT, rate 12e-3": MUON_BLT.but(training__learning_rate=12e-3),
+    "Muon BLT, rate 18e-3": MUON_BLT.but(training__learning_rate=18e-3),
+    "Muon BLT, rate 12e-3, 8 rows": MUON_BLT.but(training__learning_rate=12e-3, training__rows_per_step=8),
+    "Muon BLT, table rate 1e-2": MUON_BLT.but(training__table_learning_rate=1e-2),
     "Muon BLT, table rate 4e-2": MUON_BLT.but(training__table_learning_rate=4e-2),
     "Muon BLT, 8 rows": MUON_BLT.but(training__rows_per_step=8),
     "Muon BLT, where entropy rises": MUON_BLT.but(model__patching__rule="entropy_rise"),
     "Muon BLT, patches of 3.5": MUON_BLT.but(calibration__target_patch_bytes=3.5),
     "Muon BLT, patches of 6": MUON_BLT.but(calibration__target_patch_bytes=6.0),
     "Muon BLT, local parts of 32": MUON_BLT.but(model__local_encoder=LOCAL_32, model__local_decoder=LOCAL_32),
+    "Muon BLT, n-gram patcher of 3": MUON_BLT.but(model__entropy_model__max_order=3),
+    "Muon BLT, n-gram patcher of 4": MUON_BLT.but(model__entropy_model__max_order=4),
+    "Muon BLT, windows of 256 in the decoder": MUON_BLT.but(model__local_decoder={**LOCAL_48, "window_positions": 256}),
+    "Muon BLT, decoder of 2": MUON_BLT.but(model__local_decoder={**LOCAL_48, "num_layers": 2}),
+    "Muon BLT, latent width 96": MUON_BLT.but(
+        model__latent__width=96, model__latent__ffn_width=264, model__latent__num_heads=2
+    ),
+    "Muon BLT, latent width 192": MUON_BLT.but(
+        model__latent__width=192, model__latent__ffn_width=528, model__latent__num_heads=3
+    ),
     "Muon BPE": MUON_BPE,
     "Muon BPE, rate 8e-3": MUON_BPE.but(training__learning_rate=8e-3),
     "Muon BPE, rate 12e-3": MUON_BPE.but(training__learning_rate=12e-3),

@@ -207,8 +207,22 @@ def test_a_claim_is_measured_and_read_again(data: Path, tmp_path: Path, monkeypa
     assert max(flops) < 1.15 * min(flops)  # patches of so short a text are seldom of the size asked for
     assert len({run["train_bytes"] for run in runs.values()}) == 1
     assert all(np.isfinite(list(run["bits_per_byte"].values())).all() for run in runs.values())
+    ours, theirs = (runs[name]["mean_bits_per_byte"] for name in ("BLT, entropy", "BPE"))
+    low, above, high = (found["above_ours"]["english"]["BPE"][place] for place in (1, 0, 2))
+    assert above == pytest.approx(100 * (theirs / ours - 1), abs=1e-3) and low <= above <= high
     first.main()
     assert json.loads((tmp_path / "found.json").read_text()) == found
+
+
+def test_the_interval_holds_what_other_documents_say_nineteen_times_in_twenty() -> None:
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(100):
+        sizes = {"text": generator.integers(100, 1000, 40)}
+        ours = {"text": sizes["text"] * generator.uniform(1, 4, 40)}  # theirs are truly 2% above
+        theirs = {"text": ours["text"] * generator.normal(1.02, 0.03, 40)}
+        _, low, high = as_good_as_tokens.relative(ours, theirs, sizes)
+        held += low < 2 < high
+    assert 88 <= held <= 99
 
 
 def test_tables_of_the_evidence_are_those_of_the_results() -> None:
