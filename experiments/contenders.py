@@ -97,7 +97,7 @@ CONTENDERS = {  # as tuning.py found them
 }
 
 LARGE_FLOPS = 4 * REFERENCE_FLOPS  # for text that takes a core half an hour
-LARGE_LOCAL = {"num_layers": 1, "width": 64, "num_heads": 1, "ffn_width": 176, "window_positions": 64}
+LARGE_LOCAL = {"num_layers": 1, "width": 96, "num_heads": 1, "ffn_width": 264, "window_positions": 64}
 LARGE_BLT = BLT.but(
     model__local_encoder=LARGE_LOCAL,
     model__local_decoder=LARGE_LOCAL,
