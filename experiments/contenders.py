@@ -108,7 +108,7 @@ LARGE_BLT = BLT.but(
 LARGE_CONTENDERS = {
     "BLT, entropy": LARGE_BLT,
     "BLT, fixed 4": LARGE_BLT.but(**FIXED_4),
-    "BPE": Contender("bpe", BPE_RATES, width=192, vocabulary=4096),
+    "BPE": Contender("bpe", BPE_RATES | {"training.learning_rate": 5e-3}, width=192, vocabulary=4096),
 }
 
 

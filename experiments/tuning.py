@@ -152,24 +152,22 @@ TRIALS = {
     "Muon bytes, rate 4e-3, width 64": MUON_BYTES.but(training__learning_rate=4e-3, width=64),
 }
 
-
-def with_local(contender: Contender, width: int) -> Contender:
-    """With local parts of this width, and heads of 64 numbers or a few more."""
-    local = {**LARGE_LOCAL, "width": width, "num_heads": max(1, width // 64), "ffn_width": width * 11 // 4}
-    return contender.but(model__local_encoder=local, model__local_decoder=local)
-
-
-BEST_LARGE_BLT, LARGE_BPE = LARGE_CONTENDERS["BLT, entropy"], LARGE_CONTENDERS["BPE"]
-LARGE_BLT = with_local(BEST_LARGE_BLT, 64)
+BEST_LARGE_BLT = LARGE_CONTENDERS["BLT, entropy"]
+LARGE_BPE = LARGE_CONTENDERS["BPE"].but(training__learning_rate=18e-3)
+LOCAL_64 = {**LARGE_LOCAL, "width": 64, "ffn_width": 176}
+LARGE_BLT = BEST_LARGE_BLT.but(model__local_encoder=LOCAL_64, model__local_decoder=LOCAL_64)
 LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
     "large BLT": LARGE_BLT,
     "large BLT, rate 5e-3": LARGE_BLT.but(training__learning_rate=5e-3),
     "large BLT, local parts of 96": BEST_LARGE_BLT,
     "large BLT, local parts of 96, rate 5e-3": BEST_LARGE_BLT.but(training__learning_rate=5e-3),
-    "large BLT, local parts of 128": with_local(BEST_LARGE_BLT, 128),
+    "large BLT, local parts of 96, decoder of 2": BEST_LARGE_BLT.but(
+        model__local_decoder={**LARGE_LOCAL, "num_layers": 2}
+    ),
     "large BPE": LARGE_BPE,
     "large BPE, rate 8e-3": LARGE_BPE.but(training__learning_rate=8e-3),
     "large BPE, rate 5e-3": LARGE_BPE.but(training__learning_rate=5e-3),
+    "large BPE, rate 3e-3": LARGE_BPE.but(training__learning_rate=3e-3),
     "large BPE, width 256": LARGE_BPE.but(width=256),
     "large BPE, vocabulary 2048": LARGE_BPE.but(vocabulary=2048),
 }
