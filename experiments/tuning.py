@@ -127,6 +127,7 @@ TRIALS = {
     "Muon BPE, rate 8e-3": MUON_BPE.but(training__learning_rate=8e-3),
     "Muon BPE, rate 12e-3": MUON_BPE.but(training__learning_rate=12e-3),
     "Muon BPE, rate 18e-3": MUON_BPE.but(training__learning_rate=18e-3),
+    "Muon BPE, rate 27e-3": MUON_BPE.but(training__learning_rate=27e-3),
     "Muon BPE, rate 12e-3, table rate 2e-1": MUON_BPE.but(
         training__learning_rate=12e-3, training__table_learning_rate=2e-1
     ),
