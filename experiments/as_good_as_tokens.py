@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claim import BUDGETS, Plan, do, options, subplots, test_texts, write
+from claim import BUDGETS, Plan, do, is_large, options, subplots, test_texts, write
 from contenders import CONTENDERS, LARGE_CONTENDERS, LARGE_FLOPS, REFERENCE_FLOPS, documents_of, load, scores
 from texts import MIXES
 
@@ -20,8 +20,8 @@ RESAMPLES = 1000
 
 
 def plans(budget: str, seeds: int) -> Iterator[Plan]:
-    """From an hour on fewer and larger ones: what half an hour of text is worth does not fit into the small."""
-    large = BUDGETS[budget] >= BUDGETS["hour"]
+    """From an hour on fewer and larger ones."""
+    large = is_large(budget)
     flops = LARGE_FLOPS if large else REFERENCE_FLOPS
     for seed in range(seeds):
         for mix in ("english", "multilingual") if large else MIXES:

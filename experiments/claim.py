@@ -56,6 +56,11 @@ def options(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def is_large(budget: str) -> bool:
+    """Whether its models are those of four times the FLOPs: what an hour's text is worth does not fit into the small."""
+    return BUDGETS[budget] >= BUDGETS["hour"]
+
+
 def train_text(chosen: argparse.Namespace, mix: str, num_bytes: int) -> Path:
     """The text that all contenders learn from."""
     file = chosen.work / "texts" / f"{mix}.train.{num_bytes}.jsonl"

@@ -55,7 +55,8 @@ TOKENS_OF_TABLES = (2, 3)  # of token n-grams: about as many bytes as those of a
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to train. ``settings`` are those of ``blt train --set``; a token model reads of them [training]'s only."""
+    """A model to train. ``settings`` are those of ``blt train --set``; a token model reads of them [training]'s only,
+    and how many rows its tables have."""
 
     kind: str  # blt, bytes or bpe
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -100,15 +101,18 @@ LARGE_FLOPS = 4 * REFERENCE_FLOPS  # for text that takes a core half an hour
 LARGE_LOCAL = {"num_layers": 1, "width": 96, "num_heads": 1, "ffn_width": 264, "window_positions": 64}
 LARGE_BLT = BLT.but(
     model__local_encoder=LARGE_LOCAL,
-    model__local_decoder=LARGE_LOCAL,
+    model__local_decoder={**LARGE_LOCAL, "num_layers": 2},
     model__latent__width=256,
     model__latent__num_heads=4,
     model__latent__ffn_width=704,
+    model__hash_embeddings__table_rows=262_144,
 )
+LARGE_BPE = Contender("bpe", BPE_RATES | {"training.learning_rate": 5e-3}, width=192, vocabulary=4096)
 LARGE_CONTENDERS = {
     "BLT, entropy": LARGE_BLT,
     "BLT, fixed 4": LARGE_BLT.but(**FIXED_4),
-    "BPE": Contender("bpe", BPE_RATES | {"training.learning_rate": 5e-3}, width=192, vocabulary=4096),
+    "BPE": LARGE_BPE,
+    "BPE with tables": LARGE_BPE.but(tables=True, model__hash_embeddings__table_rows=262_144),
 }
 
 

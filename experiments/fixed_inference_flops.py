@@ -10,8 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from claim import Plan, do, done, options, subplots, test_texts, write
-from contenders import CONTENDERS, REFERENCE_FLOPS, Contender, documents_of, load, scores
+from claim import Plan, do, done, is_large, options, subplots, test_texts, write
+from contenders import (
+    CONTENDERS,
+    LARGE_BLT,
+    LARGE_BPE,
+    LARGE_FLOPS,
+    LARGE_LOCAL,
+    REFERENCE_FLOPS,
+    Contender,
+    documents_of,
+    load,
+    scores,
+)
 
 POINTS = {
     "smoke": (30_000, 60_000, 120_000),
@@ -19,39 +30,46 @@ POINTS = {
     "hour": (5_000_000, 15_000_000, 50_000_000),
     "longer": (20_000_000, 60_000_000, 200_000_000),
 }
-LATENT_WIDTHS = {4: 128, 6: 160, 8: 192}  # by patch size: two layers each, wider where a latent step has more to spend
+# Latent widths by patch size, wider where a latent step has more to spend
+LATENT_WIDTHS = {4: 128, 6: 160, 8: 192}
+LARGE_LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}
 TIMED_BYTES, TURNS = 40_000, 3
 
 
 HALF = "BLT of half the FLOPs"
 
 
-def contenders() -> dict[str, Contender]:
-    """By name; all but one are brought to the same FLOPs."""
+def contenders(large: bool = False) -> dict[str, Contender]:
+    """By name; all but one are brought to the same FLOPs. One layer in each local part: what is asked is about latents."""
+    blt = LARGE_BLT.but(model__local_decoder=LARGE_LOCAL) if large else CONTENDERS["BLT, entropy"]
     of_patches = {
-        f"BLT, patches of {size}": CONTENDERS["BLT, entropy"].but(
+        f"BLT, patches of {size}": blt.but(
             calibration__target_patch_bytes=float(size),
             model__latent__width=width,
             model__latent__num_heads=max(2, width // 64),
             model__latent__ffn_width=width * 11 // 4,
         )
-        for size, width in LATENT_WIDTHS.items()
+        for size, width in (LARGE_LATENT_WIDTHS if large else LATENT_WIDTHS).items()
     }
-    # local parts of half the FLOPs, too
-    local = {"width": 32, "num_heads": 1, "ffn_width": 88, "window_positions": 32}
-    half = CONTENDERS["BLT, entropy"].but(
+    # local parts of about half the FLOPs, too
+    local = {"num_layers": 1, "width": 64, "num_heads": 1, "ffn_width": 176, "window_positions": 64}
+    if not large:
+        local |= {"width": 32, "ffn_width": 88, "window_positions": 32}
+    half = blt.but(
         calibration__target_patch_bytes=6.0,
-        model__local_encoder={"num_layers": 1, **local},
-        model__local_decoder={"num_layers": 1, **local},
+        model__local_encoder=local,
+        model__local_decoder=local,
     )
-    return {**of_patches, "BPE": CONTENDERS["BPE"], HALF: half}
+    return {**of_patches, "BPE": LARGE_BPE if large else CONTENDERS["BPE"], HALF: half}
 
 
 def plans(budget: str, seeds: int) -> Iterator[Plan]:
+    """From an hour on of models of four times the FLOPs."""
+    large = is_large(budget)
     for seed in range(seeds):
         for num_bytes in POINTS[budget]:
-            for name, contender in contenders().items():
-                flops = REFERENCE_FLOPS / (2 if name == HALF else 1)
+            for name, contender in contenders(large).items():
+                flops = (LARGE_FLOPS if large else REFERENCE_FLOPS) / (2 if name == HALF else 1)
                 yield Plan(name, contender, "english", seed, num_bytes, flops)
 
 

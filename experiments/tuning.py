@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from claim import write
-from contenders import FIXED_4, HERE, LARGE_CONTENDERS, LARGE_FLOPS, LARGE_LOCAL, REFERENCE_FLOPS, Contender, run
+from contenders import BLT as BEST_BLT
+from contenders import BPE_RATES, FIXED_4, HERE, LARGE_FLOPS, LARGE_LOCAL, REFERENCE_FLOPS, Contender, run
 from texts import MIXES, mixed, paths_of
 
 FIXED = {name.replace("__", "."): value for name, value in FIXED_4.items()}
@@ -116,6 +117,7 @@ TRIALS = {
     "Muon BLT, n-gram patcher of 3": MUON_BLT.but(model__entropy_model__max_order=3),
     "Muon BLT, n-gram patcher of 4": MUON_BLT.but(model__entropy_model__max_order=4),
     "Muon BLT, windows of 256 in the decoder": MUON_BLT.but(model__local_decoder={**LOCAL_48, "window_positions": 256}),
+    "Muon BLT, tables of 262k": MUON_BLT.but(model__hash_embeddings__table_rows=262_144),
     "Muon BLT, decoder of 2": MUON_BLT.but(model__local_decoder={**LOCAL_48, "num_layers": 2}),
     "Muon BLT, latent width 96": MUON_BLT.but(
         model__latent__width=96, model__latent__ffn_width=264, model__latent__num_heads=2
@@ -153,24 +155,43 @@ TRIALS = {
     "Muon bytes, rate 4e-3, width 64": MUON_BYTES.but(training__learning_rate=4e-3, width=64),
 }
 
-BEST_LARGE_BLT = LARGE_CONTENDERS["BLT, entropy"]
-LARGE_BPE = LARGE_CONTENDERS["BPE"].but(training__learning_rate=18e-3)
 LOCAL_64 = {**LARGE_LOCAL, "width": 64, "ffn_width": 176}
-LARGE_BLT = BEST_LARGE_BLT.but(model__local_encoder=LOCAL_64, model__local_decoder=LOCAL_64)
+LARGE_BLT = BEST_BLT.but(
+    model__local_encoder=LOCAL_64,
+    model__local_decoder=LOCAL_64,
+    model__latent__width=256,
+    model__latent__num_heads=4,
+    model__latent__ffn_width=704,
+)
+LARGE_BLT_OF_96 = LARGE_BLT.but(model__local_encoder=LARGE_LOCAL, model__local_decoder=LARGE_LOCAL)
+SECOND_LARGE_BLT = LARGE_BLT_OF_96.but(model__local_decoder={**LARGE_LOCAL, "num_layers": 2})
+LARGE_BPE = Contender("bpe", BPE_RATES, width=192, vocabulary=4096)
+SECOND_LARGE_BPE = LARGE_BPE.but(training__learning_rate=5e-3)
 LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
     "large BLT": LARGE_BLT,
     "large BLT, rate 5e-3": LARGE_BLT.but(training__learning_rate=5e-3),
-    "large BLT, local parts of 96": BEST_LARGE_BLT,
-    "large BLT, local parts of 96, rate 5e-3": BEST_LARGE_BLT.but(training__learning_rate=5e-3),
-    "large BLT, local parts of 96, decoder of 2": BEST_LARGE_BLT.but(
-        model__local_decoder={**LARGE_LOCAL, "num_layers": 2}
+    "large BLT, local parts of 96": LARGE_BLT_OF_96,
+    "large BLT, local parts of 96, rate 5e-3": LARGE_BLT_OF_96.but(training__learning_rate=5e-3),
+    "large BLT, local parts of 96, decoder of 2": SECOND_LARGE_BLT,
+    "second large BLT, tables of 262k": SECOND_LARGE_BLT.but(model__hash_embeddings__table_rows=262_144),
+    "second large BLT, patches of 6": SECOND_LARGE_BLT.but(calibration__target_patch_bytes=6.0),
+    "second large BLT, 8 rows": SECOND_LARGE_BLT.but(training__rows_per_step=8),
+    "second large BLT, latent width 192": SECOND_LARGE_BLT.but(
+        model__latent__width=192, model__latent__ffn_width=528, model__latent__num_heads=3
+    ),
+    "second large BLT, windows of 256 in the decoder": SECOND_LARGE_BLT.but(
+        model__local_decoder={**LARGE_LOCAL, "num_layers": 2, "window_positions": 256}
     ),
     "large BPE": LARGE_BPE,
     "large BPE, rate 8e-3": LARGE_BPE.but(training__learning_rate=8e-3),
-    "large BPE, rate 5e-3": LARGE_BPE.but(training__learning_rate=5e-3),
+    "large BPE, rate 5e-3": SECOND_LARGE_BPE,
     "large BPE, rate 3e-3": LARGE_BPE.but(training__learning_rate=3e-3),
     "large BPE, width 256": LARGE_BPE.but(width=256),
     "large BPE, vocabulary 2048": LARGE_BPE.but(vocabulary=2048),
+    "second large BPE, width 256": SECOND_LARGE_BPE.but(width=256),
+    "second large BPE, vocabulary 2048": SECOND_LARGE_BPE.but(vocabulary=2048),
+    "second large BPE, table rate 5e-2": SECOND_LARGE_BPE.but(training__table_learning_rate=5e-2),
+    "second large BPE, 16 rows": SECOND_LARGE_BPE.but(training__rows_per_step=16),
 }
 
 
