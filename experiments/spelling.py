@@ -229,10 +229,11 @@ def main() -> None:
     models = []
     for seed in range(chosen.seeds):
         for name, contender in COMPARED.items():
-            if chosen.only and not any(word in name for word in chosen.only):
-                continue
             contender = contender.but(training__row_bytes=1024, training__rows_per_step=4)
             folder = chosen.work / "runs" / "spelling" / f"{num_bytes / 1e6:g}MB" / f"{name.replace(', ', '.')}.{seed}"
+            skipped = chosen.only and not any(word in name for word in chosen.only)
+            if skipped and not (folder / "result.json").exists():
+                continue
             figures = run(contender, text, {}, folder, FLOPS, seed, chosen.dtype)
             models.append({"name": name, "cute": measure(folder, prompts, questions, most), **figures})
             write(chosen.out, {"budget": chosen.budget, "words": len(words), "questions": most, "models": models})
