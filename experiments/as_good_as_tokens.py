@@ -71,9 +71,9 @@ def relative(
     return [round(float(value), 3) for value in (found[0], *np.quantile(found[1:], (0.025, 0.975)))]
 
 
-def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """``relative`` for each mix and contender, the mean of the seeds that both sides have."""
-    found: dict[str, dict[str, list[float]]] = {}
+def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """``relative`` for each mix and contender, the mean of the seeds that both sides have: of all texts, and of each."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
     done = [plan for plan in wanted if (plan.folder(chosen.work) / "result.json").exists()]
     for mix in dict.fromkeys(plan.mix for plan in done):
         texts = test_texts(chosen, mix)
@@ -90,7 +90,8 @@ def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, 
                     {text: np.mean([bits[side, seed][text] for seed in seeds], axis=0) for text in texts}
                     for side in (OURS, name)
                 ]
-                found.setdefault(mix, {})[name] = relative(*sides, sizes)
+                of_each = {text: relative(*sides, {text: size}) for text, size in sizes.items()}
+                found.setdefault(mix, {})[name] = {"all": relative(*sides, sizes), **of_each}
     return found
 
 

@@ -39,7 +39,7 @@ def as_good_as_tokens(found: Results) -> str:
     for (mix, train_bytes, name), runs in groups.items():
         bits = [run["mean_bits_per_byte"] for run in runs]
         seeds = ", ".join(f"{value:.4f}" for value in bits)
-        above, low, high = found["above_ours"].get(mix, {}).get(name, (0.0, 0.0, 0.0))
+        above, low, high = found["above_ours"].get(mix, {}).get(name, {}).get("all", (0.0, 0.0, 0.0))
         interval = f"{above:+.1f}% ({low:+.1f} to {high:+.1f})" if above else ""
         flops = f"{mean([run['inference_flops_per_byte'] for run in runs]) / 1e6:.2f}"
         seconds = f"{mean([run['train_seconds'] for run in runs]):.0f}"
@@ -58,6 +58,15 @@ def as_good_as_tokens(found: Results) -> str:
         "seconds",
     ]
     return lines(heads, rows)
+
+
+def by_text(found: Results) -> str:
+    """How far contenders are above ours in each text, where a mix has more than one."""
+    above = {mix: of for mix, of in found["above_ours"].items() if any(len(each) > 2 for each in of.values())}
+    names = list(dict.fromkeys(name for of in above.values() for name in of))
+    texts = [(mix, text) for mix, of in above.items() for text in next(iter(of.values())) if text != "all"]
+    rows = [[text, *(f"{above[mix][name][text][0]:+.1f}%" for name in names)] for mix, text in texts]
+    return lines(["held-out text", *names], rows)
 
 
 def under_noise(found: Results) -> str:
@@ -91,6 +100,22 @@ def languages(found: Results) -> str:
             [kind, str(len(texts)), f"{mean(ratios):.3f}", f"{below} of {len(texts)}", f"{max(ratios):.3f} ({worst})"]
         )
     return lines(["in training", "texts", "bits of BLT / BPE, mean", "BLT below BPE", "highest"], rows)
+
+
+def unseen_languages(found: Results) -> str:
+    """Of the texts whose language was rare or absent in training: bits per byte of each model and seed."""
+    names = list(dict.fromkeys(model["name"] for model in found["models"]))
+    rows = []
+    for text, kind in found["presence"].items():
+        if kind in ("rare", "absent"):
+            of = {
+                name: [model["bits"][text] / found["bytes"][text] for model in found["models"] if model["name"] == name]
+                for name in names
+            }
+            ratios = [ours / theirs for ours, theirs in zip(of["BLT, entropy"], of["BPE"], strict=True)]
+            seeds = [", ".join(f"{value:.2f}" for value in of[name]) for name in names]
+            rows.append([text, kind, *seeds, ", ".join(f"{ratio:.2f}" for ratio in ratios)])
+    return lines(["language", "in training", *names, "BLT / BPE"], rows)
 
 
 def spelling(found: Results) -> str:
@@ -148,10 +173,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     for table in (
         tuning,
         as_good_as_tokens,
+        by_text,
         fixed_inference_flops,
         spelling,
         under_noise,
         languages,
+        unseen_languages,
         ablations,
         latent_learning,
         builtin_model,

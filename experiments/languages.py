@@ -119,7 +119,9 @@ def main() -> None:
             )
     bits = mean_bits(models)
     relative = {name: {text: of[text] / of["eng"] for text in news} for name, of in bits.items()}
-    found = {"budget": chosen.budget, "lines": number, "presence": kinds, "bits": bits, "relative_to_english": relative}
+    sizes = {text: len(data) for text, data in (news | sanskrit).items()}
+    found = {"budget": chosen.budget, "lines": number, "presence": kinds, "bytes": sizes, "bits": bits}
+    found |= {"relative_to_english": relative}
     write(chosen.out, {**found, "models": models})
     if {"BLT, entropy", "BPE"} <= set(bits):
         draw(bits, kinds, chosen.out.with_suffix(".png"))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from claim import write
-from contenders import BLT as BEST_BLT
 from contenders import BPE_RATES, FIXED_4, HERE, LARGE_FLOPS, LARGE_LOCAL, REFERENCE_FLOPS, Contender, run
+from contenders import CONTENDERS as BEST
 from texts import MIXES, mixed, paths_of
 
 FIXED = {name.replace("__", "."): value for name, value in FIXED_4.items()}
@@ -107,6 +107,7 @@ TRIALS = {
     "Muon BLT, rate 12e-3": MUON_BLT.but(training__learning_rate=12e-3),
     "Muon BLT, rate 18e-3": MUON_BLT.but(training__learning_rate=18e-3),
     "Muon BLT, rate 12e-3, 8 rows": MUON_BLT.but(training__learning_rate=12e-3, training__rows_per_step=8),
+    "Muon BLT, decay 0.02": MUON_BLT.but(training__weight_decay=0.02),
     "Muon BLT, table rate 1e-2": MUON_BLT.but(training__table_learning_rate=1e-2),
     "Muon BLT, table rate 4e-2": MUON_BLT.but(training__table_learning_rate=4e-2),
     "Muon BLT, 8 rows": MUON_BLT.but(training__rows_per_step=8),
@@ -142,6 +143,11 @@ TRIALS = {
     "Muon BPE, rate 8e-3, width 96, vocabulary 3072": MUON_BPE.but(
         training__learning_rate=8e-3, width=96, vocabulary=3072
     ),
+    "Muon BPE, rate 18e-3, decay 0.02": MUON_BPE.but(training__learning_rate=18e-3, training__weight_decay=0.02),
+    "Muon BPE, rate 8e-3, decay 0.02": MUON_BPE.but(training__learning_rate=8e-3, training__weight_decay=0.02),
+    "Muon BPE with tables": replace(BEST["BPE"], tables=True),
+    "Muon BPE with tables, table rate 5e-2": replace(BEST["BPE"], tables=True).but(training__table_learning_rate=5e-2),
+    "Muon BPE with tables, table rate 2e-2": replace(BEST["BPE"], tables=True).but(training__table_learning_rate=2e-2),
     "Muon bytes": MUON_BYTES,
     "Muon bytes, rate 4e-3": MUON_BYTES.but(training__learning_rate=4e-3),
     "Muon bytes, rate 8e-3": MUON_BYTES.but(training__learning_rate=8e-3),
@@ -156,7 +162,7 @@ TRIALS = {
 }
 
 LOCAL_64 = {**LARGE_LOCAL, "width": 64, "ffn_width": 176}
-LARGE_BLT = BEST_BLT.but(
+LARGE_BLT = BEST["BLT, entropy"].but(
     model__local_encoder=LOCAL_64,
     model__local_decoder=LOCAL_64,
     model__latent__width=256,
@@ -165,6 +171,13 @@ LARGE_BLT = BEST_BLT.but(
 )
 LARGE_BLT_OF_96 = LARGE_BLT.but(model__local_encoder=LARGE_LOCAL, model__local_decoder=LARGE_LOCAL)
 SECOND_LARGE_BLT = LARGE_BLT_OF_96.but(model__local_decoder={**LARGE_LOCAL, "num_layers": 2})
+# then, as 50 MB had shown what one latent layer lacks, with most of the FLOPs for the latent transformer
+THIN_LOCAL = {**LARGE_LOCAL, "ffn_width": 96}
+LATENT_192 = {"model.latent.width": 192, "model.latent.ffn_width": 528, "model.latent.num_heads": 3}
+THIRD_LARGE_BLT = LARGE_BLT_OF_96.but(model__hash_embeddings__table_rows=262_144, model__slots_per_patch=2)
+THIN_BLT = with_settings(
+    THIRD_LARGE_BLT.but(model__local_encoder=THIN_LOCAL, model__local_decoder=THIN_LOCAL), LATENT_192
+)
 LARGE_BPE = Contender("bpe", BPE_RATES, width=192, vocabulary=4096)
 SECOND_LARGE_BPE = LARGE_BPE.but(training__learning_rate=5e-3)
 LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
@@ -182,6 +195,13 @@ LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
     "second large BLT, windows of 256 in the decoder": SECOND_LARGE_BLT.but(
         model__local_decoder={**LARGE_LOCAL, "num_layers": 2, "window_positions": 256}
     ),
+    "third large BLT": THIRD_LARGE_BLT,
+    "third large BLT, local parts of 64": THIRD_LARGE_BLT.but(
+        model__local_encoder=LOCAL_64, model__local_decoder=LOCAL_64
+    ),
+    "thin large BLT": THIN_BLT,
+    "thin large BLT, decoder of 2": THIN_BLT.but(model__local_decoder={**THIN_LOCAL, "num_layers": 2}),
+    "thin large BLT, patches of 6": THIN_BLT.but(calibration__target_patch_bytes=6.0),
     "large BPE": LARGE_BPE,
     "large BPE, rate 8e-3": LARGE_BPE.but(training__learning_rate=8e-3),
     "large BPE, rate 5e-3": SECOND_LARGE_BPE,
@@ -192,6 +212,7 @@ LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
     "second large BPE, vocabulary 2048": SECOND_LARGE_BPE.but(vocabulary=2048),
     "second large BPE, table rate 5e-2": SECOND_LARGE_BPE.but(training__table_learning_rate=5e-2),
     "second large BPE, 16 rows": SECOND_LARGE_BPE.but(training__rows_per_step=16),
+    "second large BPE, decay 0.02": SECOND_LARGE_BPE.but(training__weight_decay=0.02),
 }
 
 
