@@ -98,19 +98,31 @@ CONTENDERS = {  # as tuning.py found them
 }
 
 LARGE_FLOPS = 4 * REFERENCE_FLOPS  # for text that takes a core half an hour
-LARGE_LOCAL = {"num_layers": 1, "width": 96, "num_heads": 1, "ffn_width": 264, "window_positions": 64}
+LARGE_LOCAL = {"num_layers": 1, "width": 96, "num_heads": 1, "ffn_width": 96, "window_positions": 64}
 LARGE_BLT = BLT.but(
     model__local_encoder=LARGE_LOCAL,
-    model__local_decoder={**LARGE_LOCAL, "num_layers": 2},
-    model__latent__width=256,
-    model__latent__num_heads=4,
-    model__latent__ffn_width=704,
+    model__local_decoder={**LARGE_LOCAL, "num_layers": 2, "window_positions": 512},  # who copies must see far
+    model__slots_per_patch=2,
+    model__latent__width=192,
+    model__latent__num_heads=3,
+    model__latent__ffn_width=528,
     model__hash_embeddings__table_rows=262_144,
+    training__learning_rate=5e-3,
 )
+WIDE_LOCAL = {**LARGE_LOCAL, "ffn_width": 264}
 LARGE_BPE = Contender("bpe", BPE_RATES | {"training.learning_rate": 5e-3}, width=192, vocabulary=4096)
 LARGE_CONTENDERS = {
     "BLT, entropy": LARGE_BLT,
     "BLT, fixed 4": LARGE_BLT.but(**FIXED_4),
+    "BLT, windows of 64": LARGE_BLT.but(  # what 8 MB had chosen: one latent layer, and nothing that can copy
+        model__local_encoder=WIDE_LOCAL,
+        model__local_decoder={**WIDE_LOCAL, "num_layers": 2},
+        model__slots_per_patch=4,
+        model__latent__width=256,
+        model__latent__num_heads=4,
+        model__latent__ffn_width=704,
+        training__learning_rate=8e-3,
+    ),
     "BPE": LARGE_BPE,
     "BPE with tables": LARGE_BPE.but(tables=True, model__hash_embeddings__table_rows=262_144),
 }

@@ -162,6 +162,22 @@ def latent_learning(found: Results) -> str:
     return lines(["optimiser", "learning rate", f"bits of the letter (chance: {found['chance_bits']:.2f})"], rows)
 
 
+def copying(found: Results) -> str:
+    rows = [
+        [
+            model["name"],
+            model["learned_from"],
+            f"{model['inference_flops_per_byte'] / 1e6:.2f}",
+            f"{model['latent']['num_layers']} x {model['latent']['width']}",
+            f"{model['first']:.3f}",
+            f"{model['again']:.3f}",
+        ]
+        for model in found["models"]
+    ]
+    heads = ["contender", "learned from", "MFLOPs/byte", "layers of the large transformer", "a passage", "again"]
+    return lines(heads, rows)
+
+
 def builtin_model(found: Results) -> str:
     figures = ("bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte", "mean_patch_bytes")
     rows = [[domain, *(f"{of[name]:.3f}" for name in figures)] for domain, of in found["files"].items()]
@@ -181,6 +197,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         unseen_languages,
         ablations,
         latent_learning,
+        copying,
         builtin_model,
     )
 }

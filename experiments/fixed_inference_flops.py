@@ -41,7 +41,11 @@ HALF = "BLT of half the FLOPs"
 
 def contenders(large: bool = False) -> dict[str, Contender]:
     """By name; all but one are brought to the same FLOPs. One layer in each local part: what is asked is about latents."""
-    blt = LARGE_BLT.but(model__local_decoder=LARGE_LOCAL) if large else CONTENDERS["BLT, entropy"]
+    blt = (
+        LARGE_BLT.but(model__local_decoder={**LARGE_LOCAL, "window_positions": 512})
+        if large
+        else CONTENDERS["BLT, entropy"]
+    )
     of_patches = {
         f"BLT, patches of {size}": blt.but(
             calibration__target_patch_bytes=float(size),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from claim import write
-from contenders import BPE_RATES, FIXED_4, HERE, LARGE_FLOPS, LARGE_LOCAL, REFERENCE_FLOPS, Contender, run
+from contenders import BPE_RATES, FIXED_4, HERE, LARGE_FLOPS, REFERENCE_FLOPS, WIDE_LOCAL, Contender, run
 from contenders import CONTENDERS as BEST
 from texts import MIXES, mixed, paths_of
 
@@ -161,7 +161,7 @@ TRIALS = {
     "Muon bytes, rate 4e-3, width 64": MUON_BYTES.but(training__learning_rate=4e-3, width=64),
 }
 
-LOCAL_64 = {**LARGE_LOCAL, "width": 64, "ffn_width": 176}
+LOCAL_64 = {**WIDE_LOCAL, "width": 64, "ffn_width": 176}
 LARGE_BLT = BEST["BLT, entropy"].but(
     model__local_encoder=LOCAL_64,
     model__local_decoder=LOCAL_64,
@@ -169,14 +169,17 @@ LARGE_BLT = BEST["BLT, entropy"].but(
     model__latent__num_heads=4,
     model__latent__ffn_width=704,
 )
-LARGE_BLT_OF_96 = LARGE_BLT.but(model__local_encoder=LARGE_LOCAL, model__local_decoder=LARGE_LOCAL)
-SECOND_LARGE_BLT = LARGE_BLT_OF_96.but(model__local_decoder={**LARGE_LOCAL, "num_layers": 2})
+LARGE_BLT_OF_96 = LARGE_BLT.but(model__local_encoder=WIDE_LOCAL, model__local_decoder=WIDE_LOCAL)
+SECOND_LARGE_BLT = LARGE_BLT_OF_96.but(model__local_decoder={**WIDE_LOCAL, "num_layers": 2})
 # then, as 50 MB had shown what one latent layer lacks, with most of the FLOPs for the latent transformer
-THIN_LOCAL = {**LARGE_LOCAL, "ffn_width": 96}
+THIN_LOCAL = {**WIDE_LOCAL, "ffn_width": 96}
 LATENT_192 = {"model.latent.width": 192, "model.latent.ffn_width": 528, "model.latent.num_heads": 3}
 THIRD_LARGE_BLT = LARGE_BLT_OF_96.but(model__hash_embeddings__table_rows=262_144, model__slots_per_patch=2)
 THIN_BLT = with_settings(
     THIRD_LARGE_BLT.but(model__local_encoder=THIN_LOCAL, model__local_decoder=THIN_LOCAL), LATENT_192
+)
+FOURTH_LARGE_BLT = THIN_BLT.but(
+    model__local_decoder={**THIN_LOCAL, "num_layers": 2, "window_positions": 512}, training__learning_rate=5e-3
 )
 LARGE_BPE = Contender("bpe", BPE_RATES, width=192, vocabulary=4096)
 SECOND_LARGE_BPE = LARGE_BPE.but(training__learning_rate=5e-3)
@@ -193,15 +196,27 @@ LARGE_TRIALS = {  # at four times the FLOPs, from the best of the above
         model__latent__width=192, model__latent__ffn_width=528, model__latent__num_heads=3
     ),
     "second large BLT, windows of 256 in the decoder": SECOND_LARGE_BLT.but(
-        model__local_decoder={**LARGE_LOCAL, "num_layers": 2, "window_positions": 256}
+        model__local_decoder={**WIDE_LOCAL, "num_layers": 2, "window_positions": 256}
     ),
     "third large BLT": THIRD_LARGE_BLT,
     "third large BLT, local parts of 64": THIRD_LARGE_BLT.but(
         model__local_encoder=LOCAL_64, model__local_decoder=LOCAL_64
     ),
+    "third large BLT, rate 5e-3": THIRD_LARGE_BLT.but(training__learning_rate=5e-3),
     "thin large BLT": THIN_BLT,
     "thin large BLT, decoder of 2": THIN_BLT.but(model__local_decoder={**THIN_LOCAL, "num_layers": 2}),
     "thin large BLT, patches of 6": THIN_BLT.but(calibration__target_patch_bytes=6.0),
+    "thin large BLT, patches of 6, rate 5e-3": THIN_BLT.but(
+        calibration__target_patch_bytes=6.0, training__learning_rate=5e-3
+    ),
+    "third large BLT, windows of 512 in the decoder": THIRD_LARGE_BLT.but(
+        model__local_decoder={**WIDE_LOCAL, "window_positions": 512}
+    ),
+    "thin large BLT, decoder of 2, its windows of 512": THIN_BLT.but(
+        model__local_decoder={**THIN_LOCAL, "num_layers": 2, "window_positions": 512}
+    ),
+    "fourth large BLT": FOURTH_LARGE_BLT,
+    "fourth large BLT, 8 rows": FOURTH_LARGE_BLT.but(training__rows_per_step=8),
     "large BPE": LARGE_BPE,
     "large BPE, rate 8e-3": LARGE_BPE.but(training__learning_rate=8e-3),
     "large BPE, rate 5e-3": SECOND_LARGE_BPE,

@@ -12,6 +12,7 @@ import ablations
 import as_good_as_tokens
 import claim
 import contenders
+import copying
 import evidence
 import latent_learning
 import numpy as np
@@ -28,6 +29,7 @@ from tiny import random_models, tiny_config
 from blt.byte_ids import encode
 from blt.corpus import BatchReader, build_shards, open_shard
 from blt.documents import Document
+from blt.evaluate import Score
 from blt.flops import flops_per_byte, token_model_flops_per_byte
 from blt.progress import Reporter
 
@@ -289,3 +291,13 @@ def test_made_up_words_are_none_of_those_asked_about() -> None:
     made = [spelling.made_up(random.Random(seed), every_pair_but_one) for seed in range(500)]
     assert not set(made) & every_pair_but_one
     assert all(spelling.can_be_swapped(word) for word in made)
+
+
+def test_a_passage_again_is_scored_after_itself_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(model: Any, documents: list[bytes], prompts: list[bytes] | None = None) -> list[Score]:
+        before = prompts or [b""] * len(documents)
+        known = [prompt == document + b"\n" for prompt, document in zip(before, documents, strict=True)]
+        return [Score(len(d), 0.0 if k else 8.0 * len(d)) for d, k in zip(documents, known, strict=True)]
+
+    monkeypatch.setattr(copying, "scores", scores)
+    assert copying.first_and_again(None, ["some text", "other text, ünïcode"]) == (8.0, 0.0)
