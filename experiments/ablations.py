@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from claim import HELD_OUT_BYTES, Plan, done, mean_bits, options, subplots, test_texts, train_text, write
+from claim import Plan, done, mean_bits, options, results_before, subplots, test_texts, train_text, write
 from contenders import CONTENDERS, REFERENCE_FLOPS, ROW_BYTES, Contender, load, run
 from torch import Tensor
 
@@ -88,6 +88,7 @@ VARIANTS: dict[str, Contender] = {
     "patches at spaces, tables of whole patches": CONTENDERS["BLT, space"],
     "patches of fixed 4, tables of whole patches": FIXED,
 }  # fmt: skip
+DRIFTS = "patch_bytes_in_eighths_of_4096_bytes"
 PATCH_TABLES = HashEmbeddingsConfig(ngram_bytes=(1, 2), table_rows=32_768)  # of a patch, and of it and the one before
 
 
@@ -222,6 +223,7 @@ def main() -> None:
     parser = options(__doc__, "ablations")
     chosen = parser.parse_args()
     wanted = list(plans(chosen.budget, chosen.seeds))
+    drifts: dict[str, Any] = results_before(chosen.out).get(DRIFTS, {})
     try:
         text, held_out = train_text(chosen, "english", BYTES[chosen.budget]), test_texts(chosen, "english")
         (book, *_) = (document.data for document in read_documents([chosen.data / "eval" / "en_books.valid.jsonl.xz"]))
@@ -241,16 +243,15 @@ def main() -> None:
                 chosen.dtype,
             )
         print(f"{plan.name}, seed {plan.seed}: {mean_bits(figures):.4f}", flush=True)
-        runs = done(wanted, chosen.work / "ablations")
-        write(chosen.out, {"budget": chosen.budget, "held_out_bytes": HELD_OUT_BYTES[chosen.budget], "runs": runs})
-    drifts: dict[str, Any] = {}
+        runs = done(wanted, chosen.work / "ablations", chosen.out)
+        write(chosen.out, {"budget": chosen.budget, "runs": runs, DRIFTS: drifts})
     for plan in wanted:
         folder = plan.folder(chosen.work / "ablations")
         if plan.seed == 0 and (folder / "result.json").exists() and drifting(plan.name):
             lm = load(folder)
             drifts[plan.name] = {name: drift(lm, long, 8) for name, long in long_texts(book[20_000:], 4096).items()}
-    runs = done(wanted, chosen.work / "ablations")
-    write(chosen.out, {"budget": chosen.budget, "runs": runs, "patch_bytes_in_eighths_of_4096_bytes": drifts})
+    runs = done(wanted, chosen.work / "ablations", chosen.out)
+    write(chosen.out, {"budget": chosen.budget, "runs": runs, DRIFTS: drifts})
     if any(run["name"] == "as it is" for run in runs):
         draw(runs, drifts, chosen.out.with_suffix(".png"))
 

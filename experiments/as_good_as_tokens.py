@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claim import BUDGETS, Plan, do, is_large, options, subplots, test_texts, write
+from claim import BUDGETS, Plan, do, is_large, options, results_before, subplots, test_texts, write
 from contenders import CONTENDERS, LARGE_CONTENDERS, LARGE_FLOPS, REFERENCE_FLOPS, documents_of, load, scores
 from texts import MIXES
 
@@ -72,8 +72,14 @@ def relative(
 
 
 def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """``relative`` for each mix and contender, the mean of the seeds that both sides have: of all texts, and of each."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    """``relative`` for each mix and contender, the mean of the seeds that both sides have: of all texts, and of each.
+
+    It takes the models; for contenders whose runs are not here, what the results said before is kept.
+    """
+    before = results_before(chosen.out)
+    found: dict[str, dict[str, dict[str, list[float]]]] = (
+        before.get("above_ours", {}) if before.get("budget") == chosen.budget else {}
+    )
     done = [plan for plan in wanted if (plan.folder(chosen.work) / "result.json").exists()]
     for mix in dict.fromkeys(plan.mix for plan in done):
         texts = test_texts(chosen, mix)

@@ -155,11 +155,11 @@ def main() -> None:
         do(wanted, chosen, found)
     except FileNotFoundError as error:
         parser.error(str(error))
-    largest = {
-        p.name: p.folder(chosen.work) for p in wanted if p.seed == 0 and p.train_bytes == POINTS[chosen.budget][-1]
-    }
+    last = POINTS[chosen.budget][-1]
+    largest = {p.name: p.folder(chosen.work) for p in wanted if p.seed == 0 and p.train_bytes == last}
     if all((folder / "result.json").exists() for folder in largest.values()):
-        found(done(wanted, chosen.work), bytes_per_second(largest, next(iter(test_texts(chosen, "english").values()))))
+        speeds = bytes_per_second(largest, next(iter(test_texts(chosen, "english").values())))
+        found(done(wanted, chosen.work, chosen.out), speeds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, done, options, subplots, write
+from claim import do, options, subplots, write
 from contenders import load, scores
 from texts import paths_of
 
@@ -108,7 +108,7 @@ def main() -> None:
     kinds = {language: presence(language, learned) for language in news} | dict.fromkeys(sanskrit, "script")
     models = []
     for plan in wanted:
-        if done([plan], chosen.work):
+        if (plan.folder(chosen.work) / "result.json").exists():
             models.append(
                 {"name": plan.name, "seed": plan.seed, "bits": measure(plan.folder(chosen.work), news | sanskrit)}
             )

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,22 @@ def test_a_claim_is_measured_and_read_again(data: Path, tmp_path: Path, monkeypa
     assert above == pytest.approx(100 * (theirs / ours - 1), abs=1e-3) and low <= above <= high
     first.main()
     assert json.loads((tmp_path / "found.json").read_text()) == found
+    (bpe,) = (tmp_path / "work").glob("runs/english/*/BPE.0")
+    shutil.rmtree(bpe)  # as if it had been done on another machine: what was found there stays
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "BPE of 3k"])
+    first.main()
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+
+
+def test_a_run_of_another_size_or_seed_is_not_taken_for_one_that_is_not_here(tmp_path: Path) -> None:
+    out, bpe = tmp_path / "found.json", contenders.CONTENDERS["BPE"]
+    told = {"mix": "english", "name": "BPE", "seed": 0, "train_bytes": 9_900, "mean_bits_per_byte": 2.0}
+    out.write_text(json.dumps({"runs": [told]}))
+    plans = [claim.Plan("BPE", bpe, "english", seed, size, 1.0) for seed in (0, 1) for size in (10_000, 30_000)]
+    assert [claim.done([plan], tmp_path, out) for plan in plans] == [[told], [], [], []]
+    plans[0].folder(tmp_path).mkdir(parents=True)
+    (plans[0].folder(tmp_path) / "result.json").write_text(json.dumps({"bits_per_byte": {"a": 3.0, "b": 4.0}}))
+    assert claim.done(plans[:1], tmp_path, out)[0]["mean_bits_per_byte"] == 3.5
 
 
 def test_the_interval_holds_what_other_documents_say_nineteen_times_in_twenty() -> None:
