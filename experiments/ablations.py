@@ -243,14 +243,14 @@ def main() -> None:
                 chosen.dtype,
             )
         print(f"{plan.name}, seed {plan.seed}: {mean_bits(figures):.4f}", flush=True)
-        runs = done(wanted, chosen.work / "ablations", chosen.out)
+        runs = done(wanted, chosen.work / "ablations", chosen)
         write(chosen.out, {"budget": chosen.budget, "runs": runs, DRIFTS: drifts})
     for plan in wanted:
         folder = plan.folder(chosen.work / "ablations")
         if plan.seed == 0 and (folder / "result.json").exists() and drifting(plan.name):
             lm = load(folder)
             drifts[plan.name] = {name: drift(lm, long, 8) for name, long in long_texts(book[20_000:], 4096).items()}
-    runs = done(wanted, chosen.work / "ablations", chosen.out)
+    runs = done(wanted, chosen.work / "ablations", chosen)
     write(chosen.out, {"budget": chosen.budget, "runs": runs, DRIFTS: drifts})
     if any(run["name"] == "as it is" for run in runs):
         draw(runs, drifts, chosen.out.with_suffix(".png"))

@@ -106,7 +106,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     means = table(runs)
     figure, panels = subplots(1, len(means), figsize=(3.4 * len(means), 3.8), squeeze=False)
     for axes, (mix, of) in zip(panels[0], means.items(), strict=True):
-        names = [name for name in CONTENDERS if name in of]
+        names = [name for name in {**CONTENDERS, **LARGE_CONTENDERS} if name in of]
         colours = [
             "tab:blue" if name == "BLT, entropy" else "tab:orange" if name == "BPE" else "lightgrey" for name in names
         ]

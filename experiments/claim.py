@@ -89,19 +89,19 @@ def do(plans: Iterable[Plan], chosen: argparse.Namespace, found: Callable[[list[
         figures = run(plan.contender, text, held_out, plan.folder(chosen.work), plan.flops, plan.seed, chosen.dtype)
         mean = mean_bits(figures)
         print(f"{plan.label}, {figures['train_bytes']:,} bytes: {mean:.4f}", flush=True)
-        found(done(plans, chosen.work, chosen.out))
+        found(done(plans, chosen.work, chosen))
 
 
-def done(plans: Iterable[Plan], work: Path, out: Path) -> list[dict[str, Any]]:
-    """What is known of those runs that are done: kept in --work, or, if a run's folder is not here, told by the results."""
-    told, known = results_before(out).get("runs", []), []
+def done(plans: Iterable[Plan], work: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is known of those runs that are done: kept in ``work``, or, if a run's folder is not here, told by the results."""
+    told, known = results_before(chosen.out).get("runs", []), []
     for plan in plans:
         file = plan.folder(work) / "result.json"
         if file.exists():
             figures = json.loads(file.read_text())
             known.append({"mix": plan.mix, "name": plan.name, "mean_bits_per_byte": mean_bits(figures), **figures})
         else:
-            known += [run for run in told if is_of(run, plan)][:1]
+            known += [run for run in told if is_of(run, plan, chosen.dtype)][:1]
     return known
 
 
@@ -110,10 +110,13 @@ def results_before(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text()) if out.exists() else {}
 
 
-def is_of(run: Mapping[str, Any], plan: Plan) -> bool:
-    """Whether this run is the planned one. A run learns from a little less than its text, of which 1% is held out."""
+def is_of(run: Mapping[str, Any], plan: Plan, dtype: str) -> bool:
+    """Whether this run is the planned one. A run learns from a little less than its text, of which 1% is held out, and its
+    FLOPs are those of the patches that it got.
+    """
     same = (run["mix"], run["name"], run["seed"]) == (plan.mix, plan.name, plan.seed)
-    return same and abs(run["train_bytes"] / plan.train_bytes - 1) < 0.1
+    near = (run["train_bytes"] / plan.train_bytes, run["inference_flops_per_byte"] / plan.flops)
+    return same and dtype in ("auto", run["training"]["dtype"]) and all(abs(ratio - 1) < 0.15 for ratio in near)
 
 
 def mean_bits(figures: Mapping[str, Any]) -> float:

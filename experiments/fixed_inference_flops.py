@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from claim import Plan, do, done, is_large, options, subplots, test_texts, write
+from claim import Plan, do, done, is_large, options, results_before, subplots, test_texts, write
 from contenders import (
     CONTENDERS,
     LARGE_BLT,
@@ -34,8 +34,6 @@ POINTS = {
 LATENT_WIDTHS = {4: 128, 6: 160, 8: 192}
 LARGE_LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}
 TIMED_BYTES, TURNS = 40_000, 3
-
-
 HALF = "BLT of half the FLOPs"
 
 
@@ -56,13 +54,13 @@ def contenders(large: bool = False) -> dict[str, Contender]:
         for size, width in (LARGE_LATENT_WIDTHS if large else LATENT_WIDTHS).items()
     }
     # local parts of about half the FLOPs, too
-    local = {"num_layers": 1, "width": 64, "num_heads": 1, "ffn_width": 176, "window_positions": 64}
+    local = {"num_layers": 1, "width": 64, "num_heads": 1, "ffn_width": 64, "window_positions": 64}
     if not large:
         local |= {"width": 32, "ffn_width": 88, "window_positions": 32}
     half = blt.but(
         calibration__target_patch_bytes=6.0,
         model__local_encoder=local,
-        model__local_decoder=local,
+        model__local_decoder={**local, "window_positions": 512} if large else local,
     )
     return {**of_patches, "BPE": LARGE_BPE if large else CONTENDERS["BPE"], HALF: half}
 
@@ -78,9 +76,9 @@ def plans(budget: str, seeds: int) -> Iterator[Plan]:
 
 
 def bytes_per_second(folders: Mapping[str, Path], text: Path) -> dict[str, float]:
-    """How fast each model reads held-out text: they take turns, and the median of three counts."""
+    """How fast each reads held-out text, in windows that overlap by half; they take turns, and the median of three counts."""
     models = {name: load(folder) for name, folder in folders.items()}
-    excerpt = documents_of(text)[0][:TIMED_BYTES]
+    excerpt = b"\n".join(documents_of(text))[:TIMED_BYTES]
     excerpt = excerpt.decode("utf-8", "ignore").encode()
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(TURNS):
@@ -91,39 +89,37 @@ def bytes_per_second(folders: Mapping[str, Path], text: Path) -> dict[str, float
     return {name: len(excerpt) / sorted(of)[TURNS // 2] for name, of in seconds.items()}
 
 
-def crossings(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The bytes of training from which a patch size is better than patches of 4, between two points on straight lines in the
-    logarithm of bytes; None: nowhere in what was measured.
-    """
-    curves = {name: curve(runs, name) for name in contenders()}
-    found = {}
-    for name in ("BLT, patches of 6", "BLT, patches of 8", "BPE", HALF):
-        found[name] = crossing(curves["BLT, patches of 4"], curves[name])
-    return found
+def crossings(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
+    """From how many bytes of training on each is better than patches of 4: see ``crossing``."""
+    ours, *others = contenders()
+    return {name: crossing(curve(runs, ours), curve(runs, name)) for name in others if curve(runs, name)}
 
 
-def curve(runs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Bytes and bits per byte, the mean of the seeds, in order of bytes."""
+def curve(runs: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
+    """Bits per byte, the mean of the seeds, by bytes of training, in their order."""
     points: dict[int, list[float]] = {}
     for run in runs:
         if run["name"] == name:
             points.setdefault(run["train_bytes"], []).append(run["mean_bits_per_byte"])
-    return sorted((float(num_bytes), sum(bits) / len(bits)) for num_bytes, bits in points.items())
+    return {num_bytes: sum(bits) / len(bits) for num_bytes, bits in sorted(points.items())}
 
 
-def crossing(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> float | None:
-    """Where the second curve falls below the first, both given at the same bytes.
+def crossing(first: Mapping[int, float], second: Mapping[int, float]) -> float | str:
+    """Where the second curve falls below the first and stays there, between two points on straight lines in the logarithm of
+    bytes; of points that both have.
 
-    >>> crossing([(10, 2.0), (1000, 1.0)], [(10, 2.1), (1000, 0.9)])
+    >>> crossing({10: 2.0, 1000: 1.0}, {10: 2.1, 1000: 0.9})
     100.0
-    >>> crossing([(10, 2.0), (1000, 1.0)], [(10, 2.1), (1000, 1.1)])
+    >>> crossing({10: 2.0, 1000: 1.0}, {10: 2.1, 1000: 1.1}), crossing({10: 2.0, 1000: 1.0}, {10: 1.9, 1000: 0.8})
+    ('not below', 'below from the first point on')
     """
-    gaps = [(num_bytes, theirs - ours) for (num_bytes, ours), (_, theirs) in zip(first, second, strict=False)]
-    for (before, gap), (after, next_gap) in pairwise(gaps):
-        if gap > 0 >= next_gap:
-            share = gap / (gap - next_gap)
-            return round(before * (after / before) ** share, 6)
-    return None
+    gaps = [(num_bytes, second[num_bytes] - bits) for num_bytes, bits in first.items() if num_bytes in second]
+    if all(gap < 0 for _, gap in gaps):
+        return "below from the first point on"
+    if not gaps or gaps[-1][1] >= 0:
+        return "not below"
+    (before, gap), (after, next_gap) = next(pair for pair in reversed([*pairwise(gaps)]) if pair[0][1] >= 0)
+    return round(before * (after / before) ** (gap / (gap - next_gap)), 6)
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -131,7 +127,10 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = subplots(figsize=(6.5, 4.2))
     for name in contenders():
         points = curve(runs, name)
-        axes.plot([b / 1e6 for b, _ in points], [bits for _, bits in points], marker="o", markersize=4, label=name)
+        axes.plot([num_bytes / 1e6 for num_bytes in points], points.values(), marker="o", markersize=4, label=name)
+    for place in crossings(runs).values():
+        if isinstance(place, float):
+            axes.axvline(place / 1e6, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xlabel("training text, MB")
     axes.set_ylabel("held-out bits per byte")
@@ -147,7 +146,8 @@ def main() -> None:
     wanted = list(plans(chosen.budget, chosen.seeds))
 
     def found(runs: list[dict[str, Any]], speeds: Mapping[str, float] | None = None) -> None:
-        figures = {"crosses_patches_of_4_at_bytes": crossings(runs), "bytes_per_second": speeds}
+        speeds = speeds or results_before(chosen.out).get("bytes_per_second")
+        figures = {"below_patches_of_4_from_bytes_on": crossings(runs), "bytes_per_second": speeds}
         write(chosen.out, {"budget": chosen.budget, **figures, "runs": runs})
         draw(runs, chosen.out.with_suffix(".png"))
 
@@ -159,7 +159,7 @@ def main() -> None:
     largest = {p.name: p.folder(chosen.work) for p in wanted if p.seed == 0 and p.train_bytes == last}
     if all((folder / "result.json").exists() for folder in largest.values()):
         speeds = bytes_per_second(largest, next(iter(test_texts(chosen, "english").values())))
-        found(done(wanted, chosen.work, chosen.out), speeds)
+        found(done(wanted, chosen.work, chosen), speeds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The claims' scripts compare like with like: the same text, the same FLOPs, bits that are summed over the same bytes."""
 
+import argparse
 import json
 import math
 import random
@@ -15,6 +16,7 @@ import claim
 import contenders
 import copying
 import evidence
+import fixed_inference_flops
 import latent_learning
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 from tiny import random_models, tiny_config
 
 from blt.byte_ids import encode
+from blt.config_file import read_run_config
 from blt.corpus import BatchReader, build_shards, open_shard
 from blt.documents import Document
 from blt.evaluate import Score
@@ -222,15 +225,58 @@ def test_a_claim_is_measured_and_read_again(data: Path, tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
-def test_a_run_of_another_size_or_seed_is_not_taken_for_one_that_is_not_here(tmp_path: Path) -> None:
+def test_a_run_of_another_kind_is_not_taken_for_one_that_is_not_here(tmp_path: Path) -> None:
     out, bpe = tmp_path / "found.json", contenders.CONTENDERS["BPE"]
     told = {"mix": "english", "name": "BPE", "seed": 0, "train_bytes": 9_900, "mean_bits_per_byte": 2.0}
+    told |= {"inference_flops_per_byte": 1.05e6, "training": {"dtype": "bfloat16"}}
     out.write_text(json.dumps({"runs": [told]}))
-    plans = [claim.Plan("BPE", bpe, "english", seed, size, 1.0) for seed in (0, 1) for size in (10_000, 30_000)]
-    assert [claim.done([plan], tmp_path, out) for plan in plans] == [[told], [], [], []]
+    chosen = argparse.Namespace(out=out, dtype="auto")
+    plans = [
+        claim.Plan("BPE", bpe, "english", seed, size, flops)
+        for seed in (0, 1)
+        for size in (10_000, 30_000)
+        for flops in (1e6, 4e6)
+    ]
+    assert [claim.done([plan], tmp_path, chosen) for plan in plans] == [[told]] + [[]] * 7
+    assert not claim.done(plans, tmp_path, argparse.Namespace(out=out, dtype="float32"))
     plans[0].folder(tmp_path).mkdir(parents=True)
     (plans[0].folder(tmp_path) / "result.json").write_text(json.dumps({"bits_per_byte": {"a": 3.0, "b": 4.0}}))
-    assert claim.done(plans[:1], tmp_path, out)[0]["mean_bits_per_byte"] == 3.5
+    assert claim.done(plans[:1], tmp_path, chosen)[0]["mean_bits_per_byte"] == 3.5
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_larger_patches_have_a_larger_latent_transformer_at_the_same_flops(large: bool) -> None:
+    spent, widths = {}, []
+    flops = contenders.LARGE_FLOPS if large else contenders.REFERENCE_FLOPS
+    for name, contender in fixed_inference_flops.contenders(large).items():
+        if contender.kind == "blt":
+            settings = {"data.paths": ["text"], **contender.settings}
+            config = read_run_config(contenders.CONFIG, [f"{k}={contenders._toml(v)}" for k, v in settings.items()])
+            patch_bytes, share = config.calibration.target_patch_bytes, 0.5 if "half" in name else 1
+            model = contenders.sized(config.model, patch_bytes, share * flops, 512)
+            spent[name] = flops_per_byte(model, patch_bytes, 512).inference / share
+            widths.append((model.latent.width, model.latent.ffn_width))
+    assert len(spent) == 4
+    assert list(spent.values()) == pytest.approx([flops] * 4, rel=0.01)
+    assert widths[0] < widths[1] < widths[2]
+
+
+def test_crossings_are_of_points_that_both_have() -> None:
+    def runs(name: str, bits: dict[int, float]) -> list[dict[str, Any]]:
+        return [{"name": name, "train_bytes": size, "mean_bits_per_byte": value} for size, value in bits.items()]
+
+    ours = runs("BLT, patches of 4", {10: 2.0, 100: 1.8, 1000: 1.6})
+    found = fixed_inference_flops.crossings(
+        ours
+        + runs("BLT, patches of 6", {100: 1.9, 1000: 1.5})
+        + runs("BLT, patches of 8", {10: 1.9, 100: 1.9, 1000: 1.7})
+        + runs("BPE", {1000: 1.5, 10: 1.9, 100: 1.7})
+    )
+    assert found == {
+        "BLT, patches of 6": pytest.approx(100 * 10**0.5),
+        "BLT, patches of 8": "not below",
+        "BPE": "below from the first point on",
+    }
 
 
 def test_the_interval_holds_what_other_documents_say_nineteen_times_in_twenty() -> None:
