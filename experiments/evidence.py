@@ -119,9 +119,27 @@ def unseen_languages(found: Results) -> str:
 
 
 def spelling(found: Results) -> str:
+    """Right answers by task, each seed: about CUTE's words, and about others that were held out."""
     models = found["models"]
-    rows = [[task, *(f"{100 * model['cute'][task]:.1f}" for model in models)] for task in models[0]["cute"]]
-    return lines(["task of CUTE", *(model["name"] for model in models)], rows)
+    names = list(dict.fromkeys(model["name"] for model in models))
+
+    def cells(kind: str, task: str) -> list[str]:
+        of = [[100 * model[kind][task] for model in models if model["name"] == name] for name in names]
+        return [", ".join(f"{share:.1f}" for share in seeds) for seeds in of]
+
+    rows = [[task, *cells("cute", task)] for task in models[0]["cute"]]
+    rows += [[f"{task}, our words", *cells("own_words", task)] for task in models[0]["own_words"]]
+    return lines(["task", *names], rows)
+
+
+def spelling_tuning(found: Results) -> str:
+    """The two claimed tasks, and the mean of all, about held-out words."""
+    rows = []
+    for model in found["models"]:
+        right = model["own_words"]
+        shares = (right["spell"], right["spell_inverse"], mean(right.values()))
+        rows.append([model["name"], *(f"{100 * share:.1f}" for share in shares), f"{model['train_seconds']:.0f}"])
+    return lines(["trial", "spell", "spell_inverse", "mean of 7 tasks", "seconds"], rows)
 
 
 def fixed_inference_flops(found: Results) -> str:
@@ -192,6 +210,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         by_text,
         fixed_inference_flops,
         spelling,
+        spelling_tuning,
         under_noise,
         languages,
         unseen_languages,

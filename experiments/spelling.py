@@ -1,19 +1,22 @@
 """Can a Byte Latent Transformer spell, and edit words by their letters, where a token model cannot?
 
 Both learn from questions in the words of CUTE's prompts (arXiv 2409.15452), made from a list of English words without those
-that CUTE asks about, and answer CUTE's own.
+that CUTE asks about, and answer CUTE's own. Rates and shapes are chosen (``--tune``) by other words that are held out, so that
+CUTE's files are opened once.
 """
 
 import json
+import os
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from claim import BUDGETS, options, subplots, train_text, write
+from claim import BUDGETS, options, results_before, subplots, train_text, write
 from contenders import CONTENDERS, REFERENCE_FLOPS, load, run
 from token_transformer import TokenModel
 
@@ -25,19 +28,32 @@ from blt.language_model import LanguageModel
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FLOPS = 4 * REFERENCE_FLOPS  # copying a letter takes two layers of attention at least
 LOCAL = {"num_layers": 2, "width": 64, "num_heads": 2, "ffn_width": 176, "window_positions": 128}
-COMPARED = {
-    "BLT, entropy": CONTENDERS["BLT, entropy"].but(
-        model__local_encoder={**LOCAL, "num_layers": 1},
-        model__local_decoder=LOCAL,
-        model__latent__width=192,
-        model__latent__num_heads=3,
-        model__latent__ffn_width=528,
-        training__learning_rate=3e-3,
-    ),
-    "BPE": CONTENDERS["BPE"].but(width=192, vocabulary=4096, training__learning_rate=3e-3),
+BLT = CONTENDERS["BLT, entropy"].but(
+    model__local_encoder={**LOCAL, "num_layers": 1},
+    model__local_decoder=LOCAL,
+    model__latent__width=192,
+    model__latent__num_heads=3,
+    model__latent__ffn_width=528,
+    training__learning_rate=5e-3,
+)
+BPE = CONTENDERS["BPE"].but(width=192, vocabulary=4096, training__learning_rate=5e-3)
+COMPARED = {"BLT, entropy": BLT, "BPE": BPE}
+TRIALS = {
+    "BLT": BLT,
+    "BLT, rate 3e-3": BLT.but(training__learning_rate=3e-3),
+    "BLT, rate 8e-3": BLT.but(training__learning_rate=8e-3),
+    "BLT, decoder of 3": BLT.but(model__local_decoder={**LOCAL, "num_layers": 3}),
+    "BPE": BPE,
+    "BPE, rate 3e-3": BPE.but(training__learning_rate=3e-3),
+    "BPE, rate 8e-3": BPE.but(training__learning_rate=8e-3),
+    "BPE, vocabulary 2048": BPE.but(vocabulary=2048),
 }
-QUESTIONS_A_DOCUMENT = 12
-RANDOM_WORDS = 0.5  # of the words in questions are strings of random letters
+TUNED_BYTES = 4_000_000
+ROWS = {"training__row_bytes": 1024, "training__rows_per_step": 4}
+QUESTIONS_A_DOCUMENT = 24
+MADE_UP = 0.5  # of the words in questions are strings of random letters,
+FEW_LETTERS = 1 / 3  # and of these so many have 2 to 6 different ones: where letters repeat, to copy takes counting
+OWN_WORDS = 2_000  # of the list, held out beside CUTE's
 ROWS_AT_ONCE = 16
 Question = tuple[tuple[str, ...], str]  # what the prompt asks about, and the answer
 
@@ -55,7 +71,7 @@ def unspelled(word: str, chance: random.Random) -> Question:
 
 
 def contains(word: str, chance: random.Random) -> Question:
-    letter = chance.choice(word if chance.random() < 0.5 else [*set(LETTERS) - set(word)])
+    letter = chance.choice(word if chance.random() < 0.5 else sorted(set(LETTERS) - set(word)))
     return (letter, word), "Yes" if letter in word else "No"
 
 
@@ -101,39 +117,54 @@ def can_be_swapped(word: str) -> bool:
 
 
 def word_list(text: Path, held_out: set[str]) -> list[str]:
-    """Words of 2 to 14 small letters that a text has twice or more, without those held out."""
+    """Words of 2 to 14 small letters that a text has twice or more, without those held out, in an order of no meaning."""
     counts: Counter[str] = Counter()
     for document in read_documents([text]):
         counts.update(re.findall(r"\b[a-z]{2,14}\b", document.data.decode("utf-8", "replace")))
-    return sorted(
-        word for word, number in counts.items() if number > 1 and word not in held_out and can_be_swapped(word)
-    )
+    words = sorted(word for word, number in counts.items() if number > 1 and word not in held_out)
+    random.Random(0).shuffle(words)
+    return words
 
 
-def made_up(chance: random.Random, held_out: set[str]) -> str:
+def made_up(chance: random.Random, held_out: set[str], fits: Callable[[str], bool]) -> str:
     """Letters without an order, so that their answers cannot be had from knowing words; none of those held out."""
-    word = ""
-    while not can_be_swapped(word) or word in held_out:
-        word = "".join(chance.choices(LETTERS, k=chance.randint(2, 14)))
-    return word
+    while True:
+        few = chance.random() < FEW_LETTERS
+        letters = chance.sample(LETTERS, chance.randint(2, 6)) if few else LETTERS
+        word = "".join(chance.choices(letters, k=chance.randint(2, 14)))
+        if fits(word) and word not in held_out:
+            return word
 
 
 def documents(
     prompts: Mapping[str, str], words: Sequence[str], held_out: set[str], num_bytes: int, seed: int
 ) -> Iterator[str]:
-    """Texts of one task each: its prompt with the four examples, then questions with their answers."""
+    """Texts of one task each, twice as many of the two that are claimed: its prompt with the four examples, then questions with
+    their answers.
+    """
     chance = random.Random(seed)
     while num_bytes > 0:
-        name = chance.choice([*TASKS])
+        name = chance.choice([*TASKS, "spell", "spell_inverse"])
         introduction, _, question = prompts[name].rpartition("Question:")
+        fits = can_be_swapped if name == "swap_char" else bool
         asked = []
         for _ in range(QUESTIONS_A_DOCUMENT):
-            word = made_up(chance, held_out) if chance.random() < RANDOM_WORDS else chance.choice(words)
-            arguments, answer = TASKS[name](word, chance)
-            asked.append(f'Question:{question.format(*arguments)} Answer: "{answer}"\n')
+            word = made_up(chance, held_out, fits) if chance.random() < MADE_UP else chance.choice(words)
+            if fits(word):
+                arguments, answer = TASKS[name](word, chance)
+                asked.append(f'Question:{question.format(*arguments)} Answer: "{answer}"\n')
         text = introduction + "".join(asked)
         num_bytes -= len(text)
         yield text
+
+
+def questions_about(words: Sequence[str], seed: int = 0) -> dict[str, list[Question]]:
+    """One of each task about each word that has one."""
+    chance = random.Random(seed)
+    return {
+        name: [make(word, chance) for word in words if name != "swap_char" or can_be_swapped(word)]
+        for name, make in TASKS.items()
+    }
 
 
 def cute(data: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
@@ -173,33 +204,45 @@ def ids_of(model: LanguageModel | TokenModel, text: str) -> list[int]:
     return model.ids(text.encode()) if isinstance(model, TokenModel) else encode(text)
 
 
-def measure(
-    folder: Path, prompts: Mapping[str, str], questions: Mapping[str, list[Question]], most: int
-) -> dict[str, float]:
-    """The share of right answers for each of CUTE's files; kept in the folder."""
-    file = folder / f"cute.{most}.json"
+def measure(folder: Path, prompts: Mapping[str, str], questions: Mapping[str, list[Question]]) -> dict[str, float]:
+    """The share of right answers to the questions of each name; kept in the folder."""
+    file = folder / f"right.{zlib.crc32(json.dumps(questions).encode()):08x}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     model = load(folder)
     for name, listed in questions.items():
         if name in found:
             continue
         prompt = prompts[name.removesuffix("_rand")]
-        asked = [prompt.format(*arguments) + ' Answer: "' for arguments, _ in listed[:most]]
-        answers = [answer for _, answer in listed[:most]]
-        right = answered_right(model, asked, answers)
+        asked = [prompt.format(*arguments) + ' Answer: "' for arguments, _ in listed]
+        right = answered_right(model, asked, [answer for _, answer in listed])
         found[name] = sum(right) / len(right)
         print(f"{folder.name} {name}: {found[name]:.1%}", flush=True)
         file.write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 
+def written(texts: Iterator[str], folder: Path) -> Path:
+    """A file of these texts, named by what is in it."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    file = folder / f"spelling.{zlib.crc32(rows.encode()):08x}.jsonl"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(rows)
+        partial.replace(file)
+    return file
+
+
 def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A bar for each task and model; the tasks that were taught come first."""
+    """A bar for each task and model, the mean of its seeds; then the tasks again, of strings of consonants."""
     figure, axes = subplots(figsize=(12, 4))
-    names = [*TASKS, *(f"{name}_rand" for name in TASKS if name != "spell_rand")]
-    for place, model in enumerate(models):
-        at = [index + place * 0.8 / len(models) for index in range(len(names))]
-        axes.bar(at, [100 * model["cute"][name] for name in names], 0.8 / len(models), label=model["name"])
+    names = [*TASKS, *(f"{name}_rand" for name in TASKS)]
+    contenders = list(dict.fromkeys(model["name"] for model in models))
+    for place, contender in enumerate(contenders):
+        seeds = [model["cute"] for model in models if model["name"] == contender]
+        at = [index + place * 0.8 / len(contenders) for index in range(len(names))]
+        heights = [100 * sum(cute[name] for cute in seeds) / len(seeds) for name in names]
+        axes.bar(at, heights, 0.8 / len(contenders), label=contender)
     axes.set_xticks(range(len(names)), names, rotation=60)
     axes.set_ylabel("right answers, %")
     axes.legend()
@@ -209,35 +252,38 @@ def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = options(__doc__, "spelling")
-    parser.add_argument("--bytes", type=int, help="that each learns from, instead of the budget's")
+    parser.add_argument("--tune", action="store_true", help=f"the trials, of {TUNED_BYTES / 1e6:g} MB, without CUTE")
     chosen = parser.parse_args()
-    num_bytes, most = chosen.bytes or BUDGETS[chosen.budget], 20 if chosen.budget == "smoke" else 1000
+    num_bytes = TUNED_BYTES if chosen.tune else BUDGETS[chosen.budget]
+    most = 20 if chosen.budget == "smoke" else 1000
+    if chosen.tune and chosen.out.name == "spelling.json":
+        chosen.out = chosen.out.with_name("spelling_tuning.json")
     try:
         prompts, questions = cute(chosen.data)
         asked = (text for listed in questions.values() for arguments, _ in listed for text in arguments)
-        held_out = {text.replace(" ", "") for text in asked}  # also the words that are asked for letter by letter
-        words = word_list(train_text(chosen, "english", 10_000_000), held_out)
+        of_cute = {text.replace(" ", "") for text in asked}  # also the words that are asked for letter by letter
+        listed = word_list(train_text(chosen, "english", 10_000_000), of_cute)
     except FileNotFoundError as error:
         parser.error(str(error))
-    text = chosen.work / "texts" / f"spelling.{num_bytes}.jsonl"
-    if not text.exists():
-        text.write_text(
-            "".join(
-                json.dumps({"text": made}) + "\n" for made in documents(prompts, words, held_out, num_bytes, seed=0)
-            )
-        )
-    models = []
+    own, words = listed[:OWN_WORDS], listed[OWN_WORDS:]
+    text = written(documents(prompts, words, of_cute | set(own), num_bytes, seed=0), chosen.work / "texts")
+    told = results_before(chosen.out)
+    models = {(m["name"], m["seed"]): m for m in told.get("models", []) if told.get("text") == text.stem}
     for seed in range(chosen.seeds):
-        for name, contender in COMPARED.items():
-            contender = contender.but(training__row_bytes=1024, training__rows_per_step=4)
-            folder = chosen.work / "runs" / "spelling" / f"{num_bytes / 1e6:g}MB" / f"{name.replace(', ', '.')}.{seed}"
+        for name, contender in (TRIALS if chosen.tune else COMPARED).items():
+            folder = chosen.work / "runs" / text.stem / f"{name.replace(', ', '.').replace(' ', '_')}.{seed}"
             skipped = chosen.only and not any(word in name for word in chosen.only)
             if skipped and not (folder / "result.json").exists():
                 continue
-            figures = run(contender, text, {}, folder, FLOPS, seed, chosen.dtype)
-            models.append({"name": name, "cute": measure(folder, prompts, questions, most), **figures})
-            write(chosen.out, {"budget": chosen.budget, "words": len(words), "questions": most, "models": models})
-            draw(models, chosen.out.with_suffix(".png"))
+            figures = run(contender.but(**ROWS), text, {}, folder, FLOPS, seed, chosen.dtype)
+            right = {"own_words": measure(folder, prompts, questions_about(own[:most]))}
+            if not chosen.tune:
+                right["cute"] = measure(folder, prompts, {name: listed[:most] for name, listed in questions.items()})
+            models[name, seed] = {"name": name, **right, **figures}
+            found = {"budget": chosen.budget, "text": text.stem, "words": len(words), "questions": most}
+            write(chosen.out, {**found, "models": [*models.values()]})
+            if not chosen.tune:
+                draw([*models.values()], chosen.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from blt.corpus import BatchReader, build_shards, open_shard
 from blt.documents import Document
 from blt.evaluate import Score
 from blt.flops import flops_per_byte, token_model_flops_per_byte
+from blt.language_model import LanguageModel
 from blt.progress import Reporter
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -351,9 +352,55 @@ def test_bits_of_a_letter_are_taken_where_it_comes_again_and_nowhere_else() -> N
 
 def test_made_up_words_are_none_of_those_asked_about() -> None:
     every_pair_but_one = {a + b for a in spelling.LETTERS for b in spelling.LETTERS} - {"qz"}
-    made = [spelling.made_up(random.Random(seed), every_pair_but_one) for seed in range(500)]
+    fits = spelling.can_be_swapped
+    made = [spelling.made_up(random.Random(seed), every_pair_but_one, fits) for seed in range(500)]
     assert not set(made) & every_pair_but_one
-    assert all(spelling.can_be_swapped(word) for word in made)
+    assert all(fits(word) for word in made)
+    longer = [word for seed in range(500) if len(word := spelling.made_up(random.Random(seed), set(), bool)) > 8]
+    assert 0.2 < sum(len(set(word)) <= 6 for word in longer) / len(longer) < 0.6  # letters that come again
+
+
+def test_questions_are_in_the_words_of_the_prompts_about_words_that_are_not_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("seen seen know know Name Name rare hidden hidden engineering engineering")
+    words = spelling.word_list(file, {"hidden"})
+    assert sorted(words) == ["engineering", "know", "seen"]
+    prompts = {
+        name: f'Do {name}:\n 1. Do "a". Answer: "b"\n\n Question: {name} ' + " ".join(["{}"] * places) + "."
+        for name, places in zip(spelling.TASKS, (1, 1, 2, 3, 2, 3, 3), strict=True)
+    }
+    made = list(spelling.documents(prompts, words, {"hidden"}, 100_000, seed=0))
+    assert made == list(spelling.documents(prompts, words, {"hidden"}, 100_000, seed=0))
+    assert sum(map(len, made)) == pytest.approx(100_000, rel=0.05)
+    assert not any("hidden" in text or "h i d d e n" in text for text in made)
+    kinds = [text.split(":")[0].removeprefix("Do ") for text in made]
+    assert kinds.count("spell") + kinds.count("spell_inverse") == pytest.approx(4 / 9 * len(made), rel=0.4)
+    for kind, text in zip(kinds, made, strict=True):
+        asked = text.removeprefix(prompts[kind].rpartition("Question:")[0]).strip().split("\n")
+        for line in asked:
+            assert line.startswith(f"Question: {kind} ") and line.endswith('"')
+            if kind == "spell":
+                assert line == f'Question: spell {(word := line.split()[2][:-1])}. Answer: "{" ".join(word)}"'
+
+
+def test_an_answer_is_right_if_and_only_if_it_is_what_the_model_writes() -> None:
+    class Writes(LanguageModel):
+        """After what one of these texts begins with, its next byte; x where none does."""
+
+        def __init__(self, texts: list[str]) -> None:
+            self.rows = [encode(text) for text in texts]
+
+        def predict(self, ids: torch.Tensor) -> Any:
+            logits = torch.zeros(*ids.shape, 260)
+            for row, column in np.ndindex(*ids.shape):
+                read = ids[row, : column + 1].tolist()
+                known = [own[column + 1] for own in self.rows if own[: column + 1] == read and len(own) > column + 1]
+                logits[row, column, known[0] if known else encode("x")[-1]] = 1
+            return logits, None, None
+
+    model = Writes(['Spell no: "n o"', 'Spell it: "i t', 'Spell so: "s o o"', 'Spell a: "b"'])
+    prompts, answers = [f'Spell {word}: "' for word in ("no", "it", "so", "a")], ["n o", "i t", "s o", "a"]
+    assert spelling.answered_right(model, prompts, answers) == [True, False, False, False]
 
 
 def test_a_passage_again_is_scored_after_itself_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
