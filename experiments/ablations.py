@@ -1,8 +1,9 @@
-"""What each part of a Byte Latent Transformer is worth, and what long repetitive texts do to its patches.
+"""What each part of a Byte Latent Transformer is worth.
 
 Every variant changes one thing of the model that as_good_as_tokens.py calls "BLT, entropy", has a latent transformer that
 brings it to the same FLOPs per byte, and learns from the same text. Only what changed code spares is not given to another part,
-and the FLOPs of a network that says where patches begin come on top.
+and the FLOPs of a network that says where patches begin come on top. What patches are worth is seen without tables of n-grams,
+which know the last bytes so well that little is left for patches to say: such a variant is compared with "no n-grams".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,25 +13,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from claim import Plan, done, mean_bits, options, results_before, subplots, test_texts, train_text, write
-from contenders import CONTENDERS, REFERENCE_FLOPS, ROW_BYTES, Contender, load, run
+from claim import Plan, done, mean_bits, options, subplots, test_texts, train_text, write
+from contenders import CONTENDERS, REFERENCE_FLOPS, ROW_BYTES, Contender, run
 from torch import Tensor
 
-from blt.byte_ids import BOS, encode
+from blt.byte_ids import BOS
 from blt.config import EntropyModelConfig, HashEmbeddingsConfig, TransformerConfig
-from blt.documents import read_documents
 from blt.flops import entropy_model_flops
-from blt.language_model import LanguageModel
 from blt.model import byte_latent_transformer, local_encoder
 from blt.model.attention import DecoderCrossAttention, EncoderCrossAttention
 from blt.model.hash_embeddings import PRIMES, HashEmbeddings
 from blt.model.local_decoder import LocalDecoder
 from blt.model.local_encoder import LocalEncoder
-from blt.model.patching import patch_starts
 
 BLT = CONTENDERS["BLT, entropy"]
-TWO_LAYERS = BLT.but(model__local_decoder__num_layers=2)
-FIXED = CONTENDERS["BLT, fixed 4"]
+WITHOUT = ", no n-grams"
 BYTES = {"smoke": 60_000, "minutes": 8_000_000, "hour": 20_000_000, "longer": 100_000_000}
 TRANSFORMER = {
     "model.entropy_model": {
@@ -55,40 +52,41 @@ def entropy_model(**changes: Any) -> Contender:
     return Contender("blt", {**BLT.settings, **transformer(**changes)})
 
 
-VARIANTS: dict[str, Contender] = {
-    "as it is": BLT,
-    "no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
-    "n-gram tables of 2,048 rows": BLT.but(model__hash_embeddings__table_rows=2048),
-    "n-gram tables of 262,144 rows": BLT.but(model__hash_embeddings__table_rows=262_144),
-    "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
-    "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
-    "encoder 2, decoder 1": BLT.but(model__local_encoder__num_layers=2),
+TWO_LAYERS = BLT.but(model__local_decoder__num_layers=2)
+ABOUT_PATCHES: dict[str, Contender] = {  # each without n-grams
     "encoder 1, decoder 2": TWO_LAYERS,
+    "encoder 2, decoder 1": BLT.but(model__local_encoder__num_layers=2),
     "no cross-attention in the encoder": BLT,
     "encoder queries without pooling": BLT,
     "encoder queries of the mean": BLT,
     "encoder 1, decoder 2, cross-attention in its first only": TWO_LAYERS,
     "no cross-attention at all": BLT,
     "no patches are read": BLT,
-    "no patches are read, no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
     "entropy model of 1 x 32": entropy_model(num_layers=1, width=32, num_heads=1, ffn_width=88),
     "entropy model of 1 x 64": entropy_model(num_layers=1, width=64, num_heads=1, ffn_width=176),
     "entropy model of 2 x 128": entropy_model(),
-    "entropy model of 2 x 128, reset at newlines": entropy_model(reset_at_newline=True),
     "n-gram patcher of 4": BLT.but(model__entropy_model__max_order=4),
     "n-gram patcher of 8": BLT.but(model__entropy_model__max_order=8),
     "patches where entropy rises": BLT.but(model__patching__rule="entropy_rise"),
     "patches of at most 8": BLT.but(model__patching__max_patch_bytes=8),
     "patches at spaces": CONTENDERS["BLT, space"],
-    "patches of fixed 4": FIXED,
+    "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
     "patches of 8": BLT.but(calibration__target_patch_bytes=8.0),
-    "patches of fixed 8": FIXED.but(model__patching__patch_bytes=8),
-    "patches of fixed 4, no n-grams": FIXED.but(model__hash_embeddings__table_rows=1),
+    "patches of fixed 8": CONTENDERS["BLT, fixed 4"].but(model__patching__patch_bytes=8),
     "tables of whole patches": BLT,
-    "patches at spaces, tables of whole patches": CONTENDERS["BLT, space"],
-    "patches of fixed 4, tables of whole patches": FIXED,
+    "patches of fixed 4, tables of whole patches": CONTENDERS["BLT, fixed 4"],
 }  # fmt: skip
-DRIFTS = "patch_bytes_in_eighths_of_4096_bytes"
+VARIANTS: dict[str, Contender] = {
+    "as it is": BLT,
+    "n-gram tables of 2,048 rows": BLT.but(model__hash_embeddings__table_rows=2048),
+    "n-gram tables of 262,144 rows": BLT.but(model__hash_embeddings__table_rows=262_144),
+    "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
+    "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
+    "no patches are read": BLT,
+    "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
+    "no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
+    **{name + WITHOUT: of.but(model__hash_embeddings__table_rows=1) for name, of in ABOUT_PATCHES.items()},
+}
 PATCH_TABLES = HashEmbeddingsConfig(ngram_bytes=(1, 2), table_rows=32_768)  # of a patch, and of it and the one before
 
 
@@ -166,10 +164,10 @@ def patch_rows(byte_ids: Tensor, segments: Tensor, num_patches: int) -> Tensor:
 
 
 CHANGED_CODE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "no cross-attention in the encoder": lambda: patch.object(EncoderCrossAttention, "forward", nothing_read),
-    "encoder queries without pooling": lambda: patch.object(local_encoder, "max_over_patches", no_pooling),
-    "encoder queries of the mean": lambda: patch.object(local_encoder, "max_over_patches", mean_over_patches),
-    "encoder 1, decoder 2, cross-attention in its first only": lambda: patch.object(
+    "no cross-attention in the encoder" + WITHOUT: lambda: patch.object(EncoderCrossAttention, "forward", nothing_read),
+    "encoder queries without pooling" + WITHOUT: lambda: patch.object(local_encoder, "max_over_patches", no_pooling),
+    "encoder queries of the mean" + WITHOUT: lambda: patch.object(local_encoder, "max_over_patches", mean_over_patches),
+    "encoder 1, decoder 2, cross-attention in its first only" + WITHOUT: lambda: patch.object(
         LocalDecoder, "slot_keys_values", first_layer_only
     ),
     **dict.fromkeys(
@@ -185,7 +183,7 @@ CHANGED_CODE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 def changed_code(name: str) -> AbstractContextManager[Any]:
     """While this lasts, the package computes what the variant says."""
-    if name == "no cross-attention at all":
+    if name == "no cross-attention at all" + WITHOUT:
         both = ExitStack()
         both.enter_context(patch.object(EncoderCrossAttention, "forward", nothing_read))
         both.enter_context(patch.object(DecoderCrossAttention, "read_patches", latent_added))
@@ -201,83 +199,59 @@ def plans(budget: str, seeds: int) -> Iterator[Plan]:
             yield Plan(name, contender, "english", seed, BYTES[budget], REFERENCE_FLOPS + more)
 
 
-def drift(lm: LanguageModel, text: bytes, pieces: int) -> list[float]:
-    """Mean bytes of a patch in each of so many parts of one long text, read as one row."""
-    ids = torch.tensor([encode(text)])
-    with torch.no_grad():
-        assert lm.entropy_model is not None
-        starts = patch_starts(ids, lm.entropy_model.entropies(ids), lm.config.patching)[0, 1:-1]
-    return [len(part) / max(1, int(part.sum())) for part in starts.chunk(pieces)]
-
-
-def long_texts(passage: bytes, length: int) -> dict[str, bytes]:
-    """One that repeats a passage of 400 bytes, lines and all, and one that goes on."""
-    repeated = passage[:400]
-    return {
-        "one passage again and again": (repeated * (length // len(repeated) + 1))[:length],
-        "a text": passage[:length],
-    }
+def base_of(name: str) -> str:
+    """The variant that another differs from in one thing."""
+    if "in its first only" in name:
+        return "encoder 1, decoder 2" + WITHOUT
+    return "no n-grams" if name.endswith(WITHOUT) else "as it is"
 
 
 def main() -> None:
     parser = options(__doc__, "ablations")
     chosen = parser.parse_args()
-    wanted = list(plans(chosen.budget, chosen.seeds))
-    drifts: dict[str, Any] = results_before(chosen.out).get(DRIFTS, {})
+    wanted, work = list(plans(chosen.budget, chosen.seeds)), chosen.work / "ablations"
     try:
         text, held_out = train_text(chosen, "english", BYTES[chosen.budget]), test_texts(chosen, "english")
-        (book, *_) = (document.data for document in read_documents([chosen.data / "eval" / "en_books.valid.jsonl.xz"]))
     except FileNotFoundError as error:
         parser.error(str(error))
+
+    def record() -> None:
+        runs = done(wanted, work, chosen)
+        above = above_base(runs)
+        write(chosen.out, {"budget": chosen.budget, "above_base": above, "runs": runs})
+        draw(above, chosen.out.with_suffix(".png"))
+
+    record()
     for plan in wanted:
         if chosen.only and not any(words in plan.label for words in chosen.only):
             continue
         with changed_code(plan.name):
-            figures = run(
-                plan.contender,
-                text,
-                held_out,
-                plan.folder(chosen.work / "ablations"),
-                plan.flops,
-                plan.seed,
-                chosen.dtype,
-            )
+            figures = run(plan.contender, text, held_out, plan.folder(work), plan.flops, plan.seed, chosen.dtype)
         print(f"{plan.name}, seed {plan.seed}: {mean_bits(figures):.4f}", flush=True)
-        runs = done(wanted, chosen.work / "ablations", chosen)
-        write(chosen.out, {"budget": chosen.budget, "runs": runs, DRIFTS: drifts})
-    for plan in wanted:
-        folder = plan.folder(chosen.work / "ablations")
-        if plan.seed == 0 and (folder / "result.json").exists() and drifting(plan.name):
-            lm = load(folder)
-            drifts[plan.name] = {name: drift(lm, long, 8) for name, long in long_texts(book[20_000:], 4096).items()}
-    runs = done(wanted, chosen.work / "ablations", chosen)
-    write(chosen.out, {"budget": chosen.budget, "runs": runs, DRIFTS: drifts})
-    if any(run["name"] == "as it is" for run in runs):
-        draw(runs, drifts, chosen.out.with_suffix(".png"))
+        record()
 
 
-def drifting(name: str) -> bool:
-    return name == "as it is" or "entropy" in name
+def above_base(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """How far each variant's bits are above its base's of the same seed, in per cent, by variant and seed."""
+    bits = {(run["name"], run["seed"]): run["mean_bits_per_byte"] for run in runs}
+    found: dict[str, dict[str, float]] = {}
+    for (name, seed), own in bits.items():
+        if name != base_of(name) and (base := bits.get((base_of(name), seed))):
+            found.setdefault(name, {})[str(seed)] = 100 * (own / base - 1)
+    return found
 
 
-def draw(runs: Sequence[Mapping[str, Any]], drifts: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
-    """Bits more than the model as it is, by variant; and how patches change along a text that repeats itself."""
-    names = [name for name in VARIANTS if any(run["name"] == name for run in runs)]
-    base = {run["seed"]: run["mean_bits_per_byte"] for run in runs if run["name"] == "as it is"}
-    figure, (left, right) = subplots(1, 2, figsize=(13, 6))
-    for place, name in enumerate(names):
-        more = [100 * (run["mean_bits_per_byte"] / base[run["seed"]] - 1) for run in runs if run["name"] == name]
-        left.barh(place, sum(more) / len(more), color="lightsteelblue")
-        left.plot(more, [place] * len(more), "k.", markersize=4)
-    left.set_yticks(range(len(names)), names, fontsize=8)
-    left.invert_yaxis()
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set_xlabel("held-out bits per byte, % above the model as it is")
-    for name, of in drifts.items():
-        right.plot(of["one passage again and again"], marker="o", markersize=3, label=name)
-    right.set_xlabel("eighth of a text of 4,096 bytes that repeats 400 bytes")
-    right.set_ylabel("mean patch, bytes")
-    right.legend(fontsize=7)
+def draw(above: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Bits above a variant's base; each seed is a dot. Blue: without tables of n-grams."""
+    figure, axes = subplots(figsize=(9, 0.3 * len(above) + 1.2))
+    for place, (name, seeds) in enumerate(above.items()):
+        colour = "lightsteelblue" if name.endswith(WITHOUT) else "lightgrey"
+        axes.barh(place, sum(seeds.values()) / len(seeds), color=colour)
+        axes.plot(list(seeds.values()), [place] * len(seeds), "k.", markersize=4)
+    axes.set_yticks(range(len(above)), list(above), fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("held-out bits per byte, % above the model that differs in this alone")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -51,6 +51,15 @@ def passages(documents: Sequence[bytes], num_bytes: int, seed: int) -> list[str]
     return found
 
 
+def twice(documents: Sequence[bytes], num_bytes: int, folder: Path) -> Path:
+    """A file of texts that are a passage of these documents and, on the next line, the same again."""
+    text = folder / f"copying.{num_bytes}.jsonl"
+    if not text.exists():
+        chosen = passages(documents, num_bytes // 2, 0)
+        text.write_text("".join(json.dumps({"text": f"{passage}\n{passage}"}) + "\n" for passage in chosen))
+    return text
+
+
 def first_and_again(model: LanguageModel | TokenModel, texts: Sequence[str]) -> tuple[float, float]:
     """Bits per byte of passages, and of the same where each comes again on the next line."""
     data = [text.encode() for text in texts]
@@ -81,10 +90,7 @@ def main() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     asked = passages([document for path in test.values() for document in documents_of(path)], 15_000, 1)
-    text = chosen.work / "texts" / f"copying.{num_bytes}.jsonl"
-    if not text.exists():
-        twice = passages(documents_of(train), num_bytes // 2, 0)
-        text.write_text("".join(json.dumps({"text": f"{passage}\n{passage}"}) + "\n" for passage in twice))
+    text = twice(documents_of(train), num_bytes, chosen.work / "texts")
     found = []
 
     def measured(name: str, learned_from: str, folder: Path) -> None:

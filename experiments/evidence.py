@@ -161,16 +161,28 @@ def fixed_inference_flops(found: Results) -> str:
 
 
 def ablations(found: Results) -> str:
-    names = list(dict.fromkeys(run["name"] for run in found["runs"]))
-    base = {run["seed"]: run["mean_bits_per_byte"] for run in found["runs"] if run["name"] == "as it is"}
     rows = []
-    for name in names:
+    for name in dict.fromkeys(run["name"] for run in found["runs"]):
         runs = [run for run in found["runs"] if run["name"] == name]
-        more = [f"{100 * (run['mean_bits_per_byte'] / base[run['seed']] - 1):+.2f}%" for run in runs]
+        more = [f"{value:+.2f}%" for value in found["above_base"].get(name, {}).values()]
         bits = ", ".join(f"{run['mean_bits_per_byte']:.4f}" for run in runs)
         million = f"{runs[0]['parameters']['network'] / 1e6:.1f}"
         rows.append([name, bits, ", ".join(more), million, f"{runs[0]['train_flops_per_byte'] / 1e6:.2f}"])
-    return lines(["variant", "bits per byte", "against as it is", "M parameters", "training MFLOPs/byte"], rows)
+    return lines(["variant", "bits per byte", "above its base", "M parameters", "training MFLOPs/byte"], rows)
+
+
+def drift(found: Results) -> str:
+    """Patches in the first and the last part of each text, and the mean entropies there."""
+    rows = []
+    for name, of in found["rules"].items():
+        cells = [
+            f"{along[figure][0]:.2f} -> {along[figure][-1]:.2f}"
+            for along in of.values()
+            for figure in ("patch_bytes", "entropy_nats")
+        ]
+        rows.append([name, *cells])
+    heads = [f"{figure}, {text}" for text in next(iter(found["rules"].values())) for figure in ("patches", "nats")]
+    return lines(["rule", *heads], rows)
 
 
 def latent_learning(found: Results) -> str:
@@ -215,6 +227,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         languages,
         unseen_languages,
         ablations,
+        drift,
         latent_learning,
         copying,
         builtin_model,

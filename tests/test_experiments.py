@@ -15,6 +15,7 @@ import as_good_as_tokens
 import claim
 import contenders
 import copying
+import drift
 import evidence
 import fixed_inference_flops
 import latent_learning
@@ -30,12 +31,14 @@ from hypothesis import strategies as st
 from tiny import random_models, tiny_config
 
 from blt.byte_ids import encode
+from blt.config import PatchingConfig
 from blt.config_file import read_run_config
 from blt.corpus import BatchReader, build_shards, open_shard
 from blt.documents import Document
 from blt.evaluate import Score
 from blt.flops import flops_per_byte, token_model_flops_per_byte
 from blt.language_model import LanguageModel
+from blt.model.entropy_model import EntropyModel, entropy_contexts
 from blt.progress import Reporter
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -304,7 +307,7 @@ def test_changed_code_computes_something_else_and_only_while_it_lasts() -> None:
     starts = torch.arange(ids.shape[1] + 1)[None] % 3 < 2
     with torch.no_grad():
         before = network(ids, starts)
-        names = [*ablations.CHANGED_CODE, "no cross-attention at all"]
+        names = [*ablations.CHANGED_CODE, "no cross-attention at all, no n-grams"]
         assert set(names) < set(ablations.VARIANTS)
         for name in names:
             if "tables of whole patches" in name:  # changes what is built, see below
@@ -316,13 +319,47 @@ def test_changed_code_computes_something_else_and_only_while_it_lasts() -> None:
             assert torch.equal(network(ids, starts), before)
 
 
+def test_every_variant_has_a_base_that_is_a_variant() -> None:
+    bases = {ablations.base_of(name) for name in ablations.VARIANTS}
+    assert bases == {"as it is", "no n-grams", "encoder 1, decoder 2, no n-grams"} <= set(ablations.VARIANTS)
+    runs = [
+        {"name": name, "seed": seed, "mean_bits_per_byte": bits + seed}
+        for name, bits in (("as it is", 2.0), ("no n-grams", 2.5), ("patches of 8, no n-grams", 2.6))
+        for seed in (0, 1)
+    ]
+    above = ablations.above_base(runs[:-1])
+    assert above["no n-grams"] == pytest.approx({"0": 25, "1": 100 / 6})
+    assert above["patches of 8, no n-grams"] == pytest.approx({"0": 4})
+    assert set(above) == {"no n-grams", "patches of 8, no n-grams"}
+
+
+def test_entropies_of_lines_forget_repetition_and_thresholds_give_the_patches_asked_for() -> None:
+    """A model that counts how often it has read the byte before is surer with every line, unless it forgets."""
+
+    class Remembers(EntropyModel):
+        def forward(self, byte_ids: torch.Tensor) -> torch.Tensor:
+            contexts = entropy_contexts(byte_ids, self.config.reset_at_newline)
+            same = (byte_ids[:, :, None] == byte_ids[:, None]) & (contexts[:, :, None] == contexts[:, None])
+            before = same.tril().sum(-1)
+            return torch.nn.functional.one_hot(byte_ids, 260) * before[..., None].float()
+
+    model = Remembers(tiny_config().entropy_model.model_copy(update={"window_positions": 512}))
+    texts = {"again": drift.as_rows([drift.repeated("some words of a line", 4096)], 4096)}
+    usual = drift.as_rows([TEXT.encode() * 8], drift.ROW_BYTES)
+    rule = PatchingConfig(rule="entropy")
+    drifting, forgetful = (drift.along(of, rule, usual, texts)["again"] for of in (model, drift.forgetting(model)))
+    assert drifting["entropy_nats"][-1] < 0.5 * drifting["entropy_nats"][0]
+    assert drifting["patch_bytes"][-1] > drifting["patch_bytes"][0]
+    assert forgetful["entropy_nats"][-1] == pytest.approx(forgetful["entropy_nats"][0], rel=0.05)
+
+
 def test_tables_of_whole_patches_are_read_by_the_patches_that_follow() -> None:
     ids = torch.tensor([encode("aaaabbaaaa")])
     starts = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1]]).bool()
     torch.manual_seed(0)
     _, before = random_models(tiny_config())
     torch.manual_seed(0)
-    with ablations.changed_code("tables of whole patches"), torch.no_grad():
+    with ablations.changed_code("tables of whole patches, no n-grams"), torch.no_grad():
         _, network = random_models(tiny_config())
         network.load_state_dict(before.state_dict(), strict=False)
         network.local_encoder.patch_tables.tables.weight.zero_()
