@@ -1,4 +1,5 @@
-"""Trains the small model that comes with the package, in one pass over English, code and other languages.
+"""Trains the small model that comes with the package: n-grams counted in all of English, code and other languages that there is
+to learn from, the network on a part of it.
 
 Its weights are rounded to bf16 and written to src/blt/builtin, with a card that tells what it learned from and its bits per
 byte in each domain. A run that was cut goes on.
@@ -15,6 +16,7 @@ from contenders import HERE, documents_of
 from texts import MIXES, mixed, paths_of
 
 from blt.config_file import read_run_config
+from blt.corpus import open_shard
 from blt.documents import Document
 from blt.evaluate import evaluate_inputs
 from blt.language_model import LanguageModel
@@ -35,7 +37,7 @@ SOURCES = {
 
 
 def trained(data: Path, run: Path, settings: list[str], reporter: Reporter) -> LanguageModel:
-    """The model after one pass over all training text."""
+    """The model after the part of the training text that the config says."""
     paths = [path for mix in MIXES for path in paths_of(data, mix, "train")]
     config = read_run_config(CONFIG, [f"data.paths={json.dumps([str(path) for path in paths])}", *settings])
     return train(config, run, torch.device("cpu"), (run / "config.toml").exists(), reporter)
@@ -77,7 +79,11 @@ def main() -> None:
         window = config.training.row_bytes
         found = figures_by_domain(lm, chosen.data, chosen.work, HELD_OUT_BYTES[chosen.budget], window, reporter)
     learned_from = "; ".join(f"{what} ({licence})" for licence, what in SOURCES.items())
-    how = f"from nothing on {config.training.total_bytes / 1e6:.0f} MB: {learned_from}; none of this text is in the package"
+    all_bytes = open_shard(chosen.work / "builtin" / "corpus", "train").num_bytes
+    how = (
+        f"from nothing on {config.training.total_bytes / 1e6:.0f} MB, drawn from {all_bytes / 1e6:.0f} MB whose n-grams were "
+        f"counted: {learned_from}; none of this text is in the package"
+    )
     lm.card = with_figures(ModelCard(license="apache-2.0"), found, how)
     lm.save(chosen.folder)
     on_disk = sum(file.stat().st_size for file in chosen.folder.rglob("*") if file.is_file())

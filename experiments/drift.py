@@ -1,11 +1,13 @@
 """What repetition does to patches: an entropy model that can copy is sure of what comes again, so patches grow (paper, 4.4).
 
-One network learns from passages that are there twice, then cuts a text that says one passage again and again, under three rules
-with the same weights: entropies above a threshold, entropies that forget what was before the line, entropies that rise. Counts
-of n-grams, which see a few bytes, stand beside them. Each threshold is set for patches of 4.5 bytes in text as it is.
+One network learns from passages that are there twice and from as much text as it is, then cuts a text that says one passage
+again and again, under three rules with the same weights: entropies above a threshold, entropies that forget what was before the
+line, entropies that rise. Counts of n-grams, which see a few bytes, stand beside them. Each threshold is set for patches of 4.5
+bytes in text as it is.
 """
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from claim import options, subplots, test_texts, train_text, write
 from contenders import CONFIG, CPU, documents_of
-from copying import BYTES, passages, twice
+from copying import BYTES, PASSAGE_BYTES, passages, twice
+from texts import mixed
 from torch import Tensor
 
 from blt.byte_ids import BOS, BYTE_OFFSET
@@ -38,6 +41,20 @@ NETWORK = {
     "window_positions": ROW_BYTES,
 }
 SHAPE = "{" + ", ".join(f"{name} = {json.dumps(value)}" for name, value in NETWORK.items()) + "}"
+
+
+def mixture(train_file: Path, num_bytes: int, folder: Path) -> Path:
+    """So many bytes of passages that are there twice, and as many of text as it is: who learns from the first alone is sure
+    of all that comes late in a row, whether it has been there or not.
+    """
+    file = folder / f"drift.{num_bytes}.jsonl"
+    if not file.exists():
+        rows = twice(documents_of(train_file), num_bytes, folder).read_text("utf-8").splitlines(keepends=True)
+        as_it_is = mixed([train_file], num_bytes, folder / f"drift.plain.{num_bytes}.jsonl")
+        rows += as_it_is.read_text("utf-8").splitlines(keepends=True)
+        random.Random(0).shuffle(rows)
+        file.write_text("".join(rows), "utf-8")
+    return file
 
 
 def copying_network(text: Path, num_bytes: int, folder: Path, dtype: str, reporter: Reporter) -> EntropyModel:
@@ -105,9 +122,10 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             axes.plot(range(1, PARTS + 1), of[text]["patch_bytes"], marker="o", markersize=3, label=name)
         axes.set_title(text, fontsize=10)
         axes.set_xlabel(f"eighth of {TEXT_BYTES:,} bytes")
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
+    panels[0].set_yticks([4, 8, 16, 32], ["4", "8", "16", "32"])
     panels[0].set_ylabel("mean patch, bytes")
-    panels[0].legend(fontsize=8)
+    panels[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -122,18 +140,15 @@ def main() -> None:
         parser.error(str(error))
     documents = [document for path in test.values() for document in documents_of(path)]
     with Reporter() as reporter:
-        text = twice(documents_of(train_file), num_bytes, chosen.work / "texts")
+        text = mixture(train_file, num_bytes, chosen.work / "texts")
         folder = chosen.work / "runs" / "drift" / f"{num_bytes / 1e6:g}MB"
-        network = copying_network(text, num_bytes, folder, chosen.dtype, reporter)
-        counted = train(
-            read_run_config(CONFIG, [f"data.paths={json.dumps([str(text)])}", f"training.total_bytes={8 * ROW_BYTES}"]),
-            folder.with_name(folder.name + ".ngrams"),
-            CPU,
-            (folder.with_name(folder.name + ".ngrams") / "config.toml").exists(),
-            reporter,
-        ).entropy_model
+        network = copying_network(text, 2 * num_bytes, folder, chosen.dtype, reporter)
+        counts = folder.with_name(f"{folder.name}.ngrams")
+        settings = [f"data.paths={json.dumps([str(text)])}", f"training.total_bytes={8 * ROW_BYTES}"]
+        started = (counts / "config.toml").exists()
+        counted = train(read_run_config(CONFIG, settings), counts, CPU, started, reporter).entropy_model
     assert isinstance(counted, NgramEntropyModel)
-    lines = passages(documents, number * 230, 0)
+    lines = passages(documents, number * PASSAGE_BYTES, 0)
     texts = {
         "one passage again and again": as_rows([repeated(line, TEXT_BYTES) for line in lines], TEXT_BYTES),
         "a text": as_rows(documents, TEXT_BYTES)[:number],
@@ -149,7 +164,7 @@ def main() -> None:
     for name, of in found.items():
         first, *_, last = of["one passage again and again"]["patch_bytes"]
         print(f"{name}: patches of {first:.2f} bytes in the first eighth, {last:.2f} in the last", flush=True)
-    write(chosen.out, {"budget": chosen.budget, "network": NETWORK, "train_bytes": num_bytes, "rules": found})
+    write(chosen.out, {"budget": chosen.budget, "network": NETWORK, "train_bytes": 2 * num_bytes, "rules": found})
     draw(found, chosen.out.with_suffix(".png"))
 
 
