@@ -1,13 +1,12 @@
 """What repetition does to patches: an entropy model that can copy is sure of what comes again, so patches grow (paper, 4.4).
 
-One network learns from passages that are there twice and from as much text as it is, then cuts a text that says one passage
-again and again, under three rules with the same weights: entropies above a threshold, entropies that forget what was before the
-line, entropies that rise. Counts of n-grams, which see a few bytes, stand beside them. Each threshold is set for patches of 4.5
-bytes in text as it is.
+One network learns from pairs of passages, most of them twice the same, then cuts a text that says one passage again and again,
+under three rules with the same weights: entropies above a threshold, entropies that forget what was before the line, entropies
+that rise. Counts of n-grams, which see a few bytes, stand beside them. Each threshold is set for patches of 4.5 bytes in text
+as it is.
 """
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 from claim import options, subplots, test_texts, train_text, write
 from contenders import CONFIG, CPU, documents_of
-from copying import BYTES, PASSAGE_BYTES, passages, twice
-from texts import mixed
+from copying import PASSAGE_BYTES, passages
 from torch import Tensor
 
 from blt.byte_ids import BOS, BYTE_OFFSET
@@ -31,6 +29,7 @@ from blt.train import train
 TEXT_BYTES, PARTS = 4096, 8
 TEXTS = {"smoke": 2, "minutes": 40, "hour": 40, "longer": 200}
 TARGET_PATCH_BYTES = 4.5
+BYTES = {"smoke": 60_000, "minutes": 6_000_000, "hour": 24_000_000, "longer": 100_000_000}
 ROW_BYTES = 512
 NETWORK = {
     "kind": "transformer",
@@ -43,17 +42,16 @@ NETWORK = {
 SHAPE = "{" + ", ".join(f"{name} = {json.dumps(value)}" for name, value in NETWORK.items()) + "}"
 
 
-def mixture(train_file: Path, num_bytes: int, folder: Path) -> Path:
-    """So many bytes of passages that are there twice, and as many of text as it is: who learns from the first alone is sure
-    of all that comes late in a row, whether it has been there or not.
+def pairs(documents: Sequence[bytes], num_bytes: int, folder: Path) -> Path:
+    """A file of texts of two passages, which in three of four texts are the same: who learned from such alone would be sure of
+    all that comes late, whether it has been there or not.
     """
+    chosen = passages(documents, num_bytes // 2, 0)
+    others = passages(documents, num_bytes // 2, 1)
+    second = [other if index % 4 == 0 else own for index, (own, other) in enumerate(zip(chosen, others, strict=True))]
+    rows = (json.dumps({"text": f"{own}\n{next_one}"}) + "\n" for own, next_one in zip(chosen, second, strict=True))
     file = folder / f"drift.{num_bytes}.jsonl"
-    if not file.exists():
-        rows = twice(documents_of(train_file), num_bytes, folder).read_text("utf-8").splitlines(keepends=True)
-        as_it_is = mixed([train_file], num_bytes, folder / f"drift.plain.{num_bytes}.jsonl")
-        rows += as_it_is.read_text("utf-8").splitlines(keepends=True)
-        random.Random(0).shuffle(rows)
-        file.write_text("".join(rows), "utf-8")
+    file.write_text("".join(rows), "utf-8")
     return file
 
 
@@ -140,9 +138,9 @@ def main() -> None:
         parser.error(str(error))
     documents = [document for path in test.values() for document in documents_of(path)]
     with Reporter() as reporter:
-        text = mixture(train_file, num_bytes, chosen.work / "texts")
+        text = pairs(documents_of(train_file), num_bytes, chosen.work / "texts")
         folder = chosen.work / "runs" / "drift" / f"{num_bytes / 1e6:g}MB"
-        network = copying_network(text, 2 * num_bytes, folder, chosen.dtype, reporter)
+        network = copying_network(text, num_bytes, folder, chosen.dtype, reporter)
         counts = folder.with_name(f"{folder.name}.ngrams")
         settings = [f"data.paths={json.dumps([str(text)])}", f"training.total_bytes={8 * ROW_BYTES}"]
         started = (counts / "config.toml").exists()
@@ -164,7 +162,7 @@ def main() -> None:
     for name, of in found.items():
         first, *_, last = of["one passage again and again"]["patch_bytes"]
         print(f"{name}: patches of {first:.2f} bytes in the first eighth, {last:.2f} in the last", flush=True)
-    write(chosen.out, {"budget": chosen.budget, "network": NETWORK, "train_bytes": 2 * num_bytes, "rules": found})
+    write(chosen.out, {"budget": chosen.budget, "network": NETWORK, "train_bytes": num_bytes, "rules": found})
     draw(found, chosen.out.with_suffix(".png"))
 
 
