@@ -143,21 +143,29 @@ def spelling_tuning(found: Results) -> str:
 
 
 def fixed_inference_flops(found: Results) -> str:
-    names = list(dict.fromkeys(run["name"] for run in found["runs"]))
     sizes = sorted({run["train_bytes"] for run in found["runs"]})
     rows = []
-    for name in names:
+    for name in dict.fromkeys(run["name"] for run in found["runs"]):
         runs = [run for run in found["runs"] if run["name"] == name]
         at = [[run["mean_bits_per_byte"] for run in runs if run["train_bytes"] == size] for size in sizes]
         flops = f"{mean([run['inference_flops_per_byte'] for run in runs]) / 1e6:.2f}"
-        speed = (found.get("bytes_per_second") or {}).get(name)
+        held_out, speed = (found[figure].get(name) for figure in ("held_out_flops_per_byte", "bytes_per_second"))
         unit = f"{mean([run['train_unit_bytes'] for run in runs]):.2f}"
-        rows.append(
-            [name, *(f"{mean(bits):.4f}" if bits else "" for bits in at), unit, flops, f"{speed:,.0f}" if speed else ""]
-        )
-    return lines(
-        ["contender", *(f"{size / 1e6:.1f} MB" for size in sizes), "bytes/unit", "MFLOPs/byte", "bytes/s read"], rows
-    )
+        measured = [f"{held_out / 1e6:.2f}" if held_out else "", f"{speed:,.0f}" if speed else ""]
+        below = found["below_patches_of_4_from_bytes_on"].get(name, "")
+        crossing = f"from {below / 1e6:.1f} MB on" if isinstance(below, float) else below
+        rows.append([name, *(f"{mean(bits):.4f}" if bits else "" for bits in at), unit, flops, *measured, crossing])
+    points = [f"{size / 1e6:.1f} MB" for size in sizes]
+    heads = [
+        "contender",
+        *points,
+        "bytes/unit",
+        "MFLOPs/byte",
+        "of held-out text",
+        "bytes/s read",
+        "below patches of 4",
+    ]
+    return lines(heads, rows)
 
 
 def ablations(found: Results) -> str:

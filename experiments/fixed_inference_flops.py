@@ -4,6 +4,7 @@ Patches of 4, 6 and 8 bytes, each with the latent transformer that brings the wh
 model of as many, and a Byte Latent Transformer of half as many learn from three amounts of text.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -18,11 +19,15 @@ from contenders import (
     LARGE_FLOPS,
     LARGE_LOCAL,
     REFERENCE_FLOPS,
+    ROW_BYTES,
     Contender,
     documents_of,
     load,
     scores,
 )
+from token_transformer import TokenModel
+
+from blt.flops import flops_per_byte, token_model_flops_per_byte
 
 POINTS = {
     "smoke": (30_000, 60_000, 120_000),
@@ -34,6 +39,7 @@ POINTS = {
 LATENT_WIDTHS = {4: 128, 6: 160, 8: 192}
 LARGE_LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}
 TIMED_BYTES, TURNS = 40_000, 3
+MEASURED = ("bytes_per_second", "held_out_flops_per_byte")  # of the runs of most text, once all are here
 HALF = "BLT of half the FLOPs"
 
 
@@ -87,6 +93,16 @@ def bytes_per_second(folders: Mapping[str, Path], text: Path) -> dict[str, float
             scores(model, [excerpt])
             seconds[name].append(time.perf_counter() - begin)
     return {name: len(excerpt) / sorted(of)[TURNS // 2] for name, of in seconds.items()}
+
+
+def held_out_flops(folder: Path) -> float:
+    """A run's FLOPs per byte of the held-out texts, whose patches and tokens are not as long as those of training."""
+    model, units = load(folder), json.loads((folder / "result.json").read_text())["unit_bytes"].values()
+    if isinstance(model, TokenModel):
+        of_each = [token_model_flops_per_byte(model.config, ROW_BYTES, unit, model.num_ids) for unit in units]
+    else:
+        of_each = [flops_per_byte(model.config, unit, ROW_BYTES).inference for unit in units]
+    return sum(of_each) / len(of_each)
 
 
 def crossings(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
@@ -145,9 +161,9 @@ def main() -> None:
     chosen = parser.parse_args()
     wanted = list(plans(chosen.budget, chosen.seeds))
 
-    def found(runs: list[dict[str, Any]], speeds: Mapping[str, float] | None = None) -> None:
-        speeds = speeds or results_before(chosen.out).get("bytes_per_second")
-        figures = {"below_patches_of_4_from_bytes_on": crossings(runs), "bytes_per_second": speeds}
+    def found(runs: list[dict[str, Any]], measured: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        measured = measured or {name: results_before(chosen.out).get(name, {}) for name in MEASURED}
+        figures = {"below_patches_of_4_from_bytes_on": crossings(runs), **measured}
         write(chosen.out, {"budget": chosen.budget, **figures, "runs": runs})
         draw(runs, chosen.out.with_suffix(".png"))
 
@@ -159,7 +175,8 @@ def main() -> None:
     largest = {p.name: p.folder(chosen.work) for p in wanted if p.seed == 0 and p.train_bytes == last}
     if all((folder / "result.json").exists() for folder in largest.values()):
         speeds = bytes_per_second(largest, next(iter(test_texts(chosen, "english").values())))
-        found(done(wanted, chosen.work, chosen), speeds)
+        flops = {name: held_out_flops(folder) for name, folder in largest.items()}
+        found(done(wanted, chosen.work, chosen), dict(zip(MEASURED, (speeds, flops), strict=True)))
 
 
 if __name__ == "__main__":
