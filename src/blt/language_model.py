@@ -26,6 +26,8 @@ from blt.sampling import Sampling
 from blt.shapes import ByteIds, Entropies, Logits, PatchStarts
 
 Text = str | bytes
+PACKAGE = Path(__file__).parent
+BUILTIN = "builtin"  # names the model that comes with the package, and its folder there
 LOG_IN = "log in with: hf auth login (or set HF_TOKEN)"
 # What of a hub's model is downloaded: of either format, and no pickles but the official format's own
 HUB_FILES = ["*.json", "*.safetensors", "entropy_model/*", "README.md", "LICENSE*"]
@@ -220,7 +222,8 @@ class LanguageModel:
 
 def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
     """A model from a run folder, a folder in Hugging Face's ``blt`` format or the official release format, or a hub id such as
-    ``itazap/blt-1b-hf``. Its licence, where it comes with one, is said on stderr.
+    ``itazap/blt-1b-hf``; ``builtin`` is the small one that comes with the package. A licence, where there is one, is
+    said on stderr.
 
     ``dtype``: auto (bf16 on a GPU, fp32 elsewhere), float32, bfloat16, or int8, which rounds the network's matrices and makes
     compiled generation on a CPU faster. The entropy model stays in fp32, so the patches are the same in all of them. Weights
@@ -245,7 +248,7 @@ def model_folder_and_card(model: str | Path) -> tuple[Path, ModelCard]:
 
 def card_of(folder: Path, model: str) -> ModelCard:
     """The card in a folder that ``model`` stands for; its licence is said on stderr."""
-    card = read_card(folder, None if Path(model).exists() else model)
+    card = read_card(folder, None if Path(model).exists() or model == BUILTIN else model)
     if card.license_line:
         print(f"{model}: licence {card.license_line}", file=sys.stderr)
     return card
@@ -254,6 +257,8 @@ def card_of(folder: Path, model: str) -> ModelCard:
 def model_folder(model: str | Path) -> Path:
     """The folder that holds the model's files: of a run its ``model`` folder; for a hub id, downloaded or cached."""
     path = Path(model)
+    if str(model) == BUILTIN and not path.exists():
+        return PACKAGE / BUILTIN
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if path.exists():

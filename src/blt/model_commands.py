@@ -35,7 +35,8 @@ def evaluate(
     Parameters
     ----------
     model
-        A run folder, a folder in Hugging Face's blt format or the official release format, or a hub id.
+        A run folder, a folder in Hugging Face's blt format or the official release format, a hub id, or builtin, the small
+        model that comes with the package.
     data
         Files and folders, or stdlib. Default: the documents that the run held out, unless there are tasks.
     raw
@@ -126,6 +127,8 @@ def generate(
 
     Parameters
     ----------
+    model
+        As for blt evaluate: builtin, the small model that comes with the package, a run folder, ...
     prompt
         The text to continue; - reads it from stdin.
     max_bytes
@@ -198,6 +201,8 @@ def patch(
 
     Parameters
     ----------
+    model
+        As for blt evaluate: builtin, the small model that comes with the package, a run folder, ...
     text
         The text; - (the default) reads it from stdin.
     output
