@@ -38,7 +38,7 @@ POINTS = {
 # Latent widths by patch size, wider where a latent step has more to spend
 LATENT_WIDTHS = {4: 128, 6: 160, 8: 192}
 LARGE_LATENT_WIDTHS = {4: 256, 6: 320, 8: 384}
-TIMED_BYTES, TURNS = 40_000, 3
+TIMED_BYTES, TURNS = 40_000, 9
 MEASURED = ("bytes_per_second", "held_out_flops_per_byte")  # of the runs of most text, once all are here
 HALF = "BLT of half the FLOPs"
 
@@ -82,7 +82,7 @@ def plans(budget: str, seeds: int) -> Iterator[Plan]:
 
 
 def bytes_per_second(folders: Mapping[str, Path], text: Path) -> dict[str, float]:
-    """How fast each reads held-out text, in windows that overlap by half; they take turns, and the median of three counts."""
+    """How fast each reads held-out text, in windows that overlap by half; they take turns, and the median of nine counts."""
     models = {name: load(folder) for name, folder in folders.items()}
     excerpt = b"\n".join(documents_of(text))[:TIMED_BYTES]
     excerpt = excerpt.decode("utf-8", "ignore").encode()
@@ -148,7 +148,10 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         if isinstance(place, float):
             axes.axvline(place / 1e6, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    axes.set_xlabel("training text, MB")
+    places = [num_bytes / 1e6 for num_bytes in sorted({run["train_bytes"] for run in runs})]
+    axes.set_xticks(places, [f"{place:.1f}" for place in places])
+    axes.minorticks_off()
+    axes.set_xlabel("training text, MB; dotted: where a curve falls below patches of 4")
     axes.set_ylabel("held-out bits per byte")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
