@@ -221,6 +221,15 @@ def measure(folder: Path, prompts: Mapping[str, str], questions: Mapping[str, li
     return found
 
 
+def held_out_bits(folder: Path) -> float:
+    """Bits per byte of the 1% of the text that training left out: questions about words it knows, and made-up ones."""
+    (metrics,) = folder.glob("**/metrics.jsonl")
+    reports = [json.loads(line) for line in metrics.read_text().splitlines()]
+    (bits,) = [report["valid_bits_per_byte"] for report in reports if "valid_bits_per_byte" in report][-1:]
+    assert isinstance(bits, float)
+    return bits
+
+
 def written(texts: Iterator[str], folder: Path) -> Path:
     """A file of these texts, named by what is in it."""
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -255,7 +264,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help=f"the trials, of {TUNED_BYTES / 1e6:g} MB, without CUTE")
     chosen = parser.parse_args()
     num_bytes = TUNED_BYTES if chosen.tune else BUDGETS[chosen.budget]
-    most = 20 if chosen.budget == "smoke" else 1000
+    most = 200 if chosen.tune else 20 if chosen.budget == "smoke" else 1000
     if chosen.tune and chosen.out.name == "spelling.json":
         chosen.out = chosen.out.with_name("spelling_tuning.json")
     try:
@@ -276,6 +285,7 @@ def main() -> None:
             if skipped and not (folder / "result.json").exists():
                 continue
             figures = run(contender.but(**ROWS), text, {}, folder, FLOPS, seed, chosen.dtype)
+            figures["held_out_bits_per_byte"] = held_out_bits(folder)
             right = {"own_words": measure(folder, prompts, questions_about(own[:most]))}
             if not chosen.tune:
                 right["cute"] = measure(folder, prompts, {name: listed[:most] for name, listed in questions.items()})
