@@ -118,6 +118,17 @@ def unseen_languages(found: Results) -> str:
     return lines(["language", "in training", *names, "BLT / BPE"], rows)
 
 
+PAPER_CUTE = {  # right answers, %, of BLT and of Llama 3
+    "spell": ("99.9", "1.1"),
+    "spell_inverse": ("99.9", "30.1"),
+    "contains_char": ("55.9", "0.0"),
+    "sub_char": ("48.7", "0.4"),
+    "swap_char": ("11.5", "2.6"),
+    "del_word": ("56.1", "75.5"),
+    "ins_word": ("31.2", "33.5"),
+}
+
+
 def spelling(found: Results) -> str:
     """Right answers by task, each seed: about CUTE's words, and about others that were held out."""
     models = found["models"]
@@ -127,9 +138,9 @@ def spelling(found: Results) -> str:
         of = [[100 * model[kind][task] for model in models if model["name"] == name] for name in names]
         return [", ".join(f"{share:.1f}" for share in seeds) for seeds in of]
 
-    rows = [[task, *cells("cute", task)] for task in models[0]["cute"]]
-    rows += [[f"{task}, our words", *cells("own_words", task)] for task in models[0]["own_words"]]
-    return lines(["task", *names], rows)
+    rows = [[task, *cells("cute", task), *PAPER_CUTE.get(task, ("", ""))] for task in models[0]["cute"]]
+    rows += [[f"{task}, our words", *cells("own_words", task), "", ""] for task in models[0]["own_words"]]
+    return lines(["task", *names, "paper: BLT 8B", "paper: Llama 3 8B"], rows)
 
 
 def spelling_tuning(found: Results) -> str:

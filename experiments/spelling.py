@@ -37,16 +37,30 @@ BLT = CONTENDERS["BLT, entropy"].but(
     training__learning_rate=5e-3,
 )
 BPE = CONTENDERS["BPE"].but(width=192, vocabulary=4096, training__learning_rate=5e-3)
-COMPARED = {"BLT, entropy": BLT, "BPE": BPE}
+COMPARED = {  # as the trials found them, and the tokens that are best in text
+    "BLT, entropy": BLT.but(training__learning_rate=8e-3),
+    "BPE of 512": BPE.but(vocabulary=512),
+    "BPE": BPE,
+}
 TRIALS = {
     "BLT": BLT,
     "BLT, rate 3e-3": BLT.but(training__learning_rate=3e-3),
     "BLT, rate 8e-3": BLT.but(training__learning_rate=8e-3),
+    "BLT, rate 12e-3": BLT.but(training__learning_rate=12e-3),
+    "BLT, rate 8e-3, no n-grams": BLT.but(training__learning_rate=8e-3, model__hash_embeddings__table_rows=1),
+    "BLT, rate 8e-3, local parts of 96": BLT.but(
+        training__learning_rate=8e-3,
+        model__local_encoder={**LOCAL, "num_layers": 1, "width": 96, "ffn_width": 96},
+        model__local_decoder={**LOCAL, "width": 96, "ffn_width": 96},
+        model__slots_per_patch=2,
+    ),
     "BLT, decoder of 3": BLT.but(model__local_decoder={**LOCAL, "num_layers": 3}),
     "BPE": BPE,
     "BPE, rate 3e-3": BPE.but(training__learning_rate=3e-3),
     "BPE, rate 8e-3": BPE.but(training__learning_rate=8e-3),
     "BPE, vocabulary 2048": BPE.but(vocabulary=2048),
+    "BPE, vocabulary 1024": BPE.but(vocabulary=1024),
+    "BPE, vocabulary 512": BPE.but(vocabulary=512),
 }
 TUNED_BYTES = 4_000_000
 ROWS = {"training__row_bytes": 1024, "training__rows_per_step": 4}
@@ -254,7 +268,7 @@ def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.bar(at, heights, 0.8 / len(contenders), label=contender)
     axes.set_xticks(range(len(names)), names, rotation=60)
     axes.set_ylabel("right answers, %")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(contenders), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -276,10 +290,11 @@ def main() -> None:
         parser.error(str(error))
     own, words = listed[:OWN_WORDS], listed[OWN_WORDS:]
     text = written(documents(prompts, words, of_cute | set(own), num_bytes, seed=0), chosen.work / "texts")
-    told = results_before(chosen.out)
-    models = {(m["name"], m["seed"]): m for m in told.get("models", []) if told.get("text") == text.stem}
+    told, trained = results_before(chosen.out), TRIALS if chosen.tune else COMPARED
+    known = [m for m in told.get("models", []) if m["name"] in trained] if told.get("text") == text.stem else []
+    models = {(m["name"], m["seed"]): m for m in known}
     for seed in range(chosen.seeds):
-        for name, contender in (TRIALS if chosen.tune else COMPARED).items():
+        for name, contender in trained.items():
             folder = chosen.work / "runs" / text.stem / f"{name.replace(', ', '.').replace(' ', '_')}.{seed}"
             skipped = chosen.only and not any(word in name for word in chosen.only)
             if skipped and not (folder / "result.json").exists():
@@ -291,9 +306,10 @@ def main() -> None:
                 right["cute"] = measure(folder, prompts, {name: listed[:most] for name, listed in questions.items()})
             models[name, seed] = {"name": name, **right, **figures}
             found = {"budget": chosen.budget, "text": text.stem, "words": len(words), "questions": most}
-            write(chosen.out, {**found, "models": [*models.values()]})
+            in_order = sorted(models.values(), key=lambda model: (model["seed"], list(trained).index(model["name"])))
+            write(chosen.out, {**found, "models": in_order})
             if not chosen.tune:
-                draw([*models.values()], chosen.out.with_suffix(".png"))
+                draw(in_order, chosen.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
