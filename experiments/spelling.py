@@ -39,6 +39,7 @@ BLT = CONTENDERS["BLT, entropy"].but(
 BPE = CONTENDERS["BPE"].but(width=192, vocabulary=4096, training__learning_rate=5e-3)
 COMPARED = {  # as the trials found them, and the tokens that are best in text
     "BLT, entropy": BLT.but(training__learning_rate=8e-3),
+    "BLT, no n-grams": BLT.but(training__learning_rate=8e-3, model__hash_embeddings__table_rows=1),
     "BPE of 512": BPE.but(vocabulary=512),
     "BPE": BPE,
 }
@@ -48,12 +49,6 @@ TRIALS = {
     "BLT, rate 8e-3": BLT.but(training__learning_rate=8e-3),
     "BLT, rate 12e-3": BLT.but(training__learning_rate=12e-3),
     "BLT, rate 8e-3, no n-grams": BLT.but(training__learning_rate=8e-3, model__hash_embeddings__table_rows=1),
-    "BLT, rate 8e-3, local parts of 96": BLT.but(
-        training__learning_rate=8e-3,
-        model__local_encoder={**LOCAL, "num_layers": 1, "width": 96, "ffn_width": 96},
-        model__local_decoder={**LOCAL, "width": 96, "ffn_width": 96},
-        model__slots_per_patch=2,
-    ),
     "BLT, decoder of 3": BLT.but(model__local_decoder={**LOCAL, "num_layers": 3}),
     "BPE": BPE,
     "BPE, rate 3e-3": BPE.but(training__learning_rate=3e-3),
