@@ -32,7 +32,7 @@ SOURCES = {
     "public domain or CC0": "English books, Python's enhancement proposals, 82 languages of Common Voice, wisesight, Aozora",
     "MIT, Apache-2.0 or PSF-2.0": "The Algorithms in five programming languages, Rust RFCs, the library of CPython 3.13",
     "CC BY 4.0": "tldr pages",
-    "CC BY-SA 3.0 or 4.0": "English and Malayalam Wikipedia, GNOME's user guides in 35 languages, FLORES",
+    "CC BY-SA 3.0 or 4.0": "English and Malayalam Wikipedia, GNOME's user guides in 34 languages, FLORES",
 }
 
 
