@@ -53,9 +53,12 @@ def entropy_model(**changes: Any) -> Contender:
 
 
 TWO_LAYERS = BLT.but(model__local_decoder__num_layers=2)
-ABOUT_PATCHES: dict[str, Contender] = {  # each without n-grams
+SPLITS = {
     "encoder 1, decoder 2": TWO_LAYERS,
     "encoder 2, decoder 1": BLT.but(model__local_encoder__num_layers=2),
+}
+ABOUT_PATCHES: dict[str, Contender] = {  # each without n-grams
+    **SPLITS,
     "no cross-attention in the encoder": BLT,
     "encoder queries without pooling": BLT,
     "encoder queries of the mean": BLT,
@@ -82,6 +85,7 @@ VARIANTS: dict[str, Contender] = {
     "n-gram tables of 262,144 rows": BLT.but(model__hash_embeddings__table_rows=262_144),
     "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
     "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
+    **SPLITS,
     "no patches are read": BLT,
     "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
     "no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
