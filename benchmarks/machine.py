@@ -114,8 +114,8 @@ def say(line: str) -> None:
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Four decimals are more than any figure here is good for."""
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    """Six digits are more than any figure here is good for, and a small one is not rounded to nothing."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def parser_of(name: str, about: str | None, quick: str) -> argparse.ArgumentParser:

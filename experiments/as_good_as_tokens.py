@@ -61,14 +61,13 @@ def relative(
     >>> relative(bits, {"a": 1.1 * bits["a"]}, sizes)
     [10.0, 10.0, 10.0]
     """
-    chance, found = np.random.default_rng(0), []
-    for draw_anew in [False] + [True] * RESAMPLES:
-        means = np.zeros(2)
-        for name, size in sizes.items():
-            chosen = chance.integers(len(size), size=len(size)) if draw_anew else np.arange(len(size))
-            means += np.array([ours[name][chosen].sum(), theirs[name][chosen].sum()]) / size[chosen].sum()
-        found.append(100 * (means[1] / means[0] - 1))
-    return [round(float(value), 3) for value in (found[0], *np.quantile(found[1:], (0.025, 0.975)))]
+    chance, means = np.random.default_rng(0), np.zeros((2, 1 + RESAMPLES))
+    draws = [{name: chance.integers(len(of), size=len(of)) for name, of in sizes.items()} for _ in range(RESAMPLES)]
+    for name, size in sizes.items():
+        chosen = np.stack([np.arange(len(size)), *(draw[name] for draw in draws)])  # the texts as they are first
+        means += np.stack([side[name][chosen].sum(1) for side in (ours, theirs)]) / size[chosen].sum(1)
+    above = 100 * (means[1] / means[0] - 1)
+    return [round(float(value), 3) for value in (above[0], *np.quantile(above[1:], (0.025, 0.975)))]
 
 
 def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:

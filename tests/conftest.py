@@ -186,6 +186,13 @@ def copied(scored: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scored, tmp_path / "scored"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_samples() -> Iterator[None]:
+    """What training writes as a sample of its progress is a few bytes: with shapes checked 120 take longer than a tiny run."""
+    with mock.patch("blt.train.SAMPLE_BYTES", 4):
+        yield
+
+
 @pytest.fixture
 def without_shape_checks() -> Iterator[None]:
     """For tests that count bytes in thousands; others check the shapes of all that is called."""

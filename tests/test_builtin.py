@@ -1,10 +1,11 @@
 """The model that comes with the package: there without a network, small, and what its card and its results say it is."""
 
 import json
-import subprocess
-import sys
+import socket
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NoReturn
 
 import builtin_model
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import blt
 from blt.language_model import model_folder
 
+Blt = Callable[..., Any]
 RESULTS = Path(builtin_model.__file__).parent / "results" / "builtin_model.json"
 PROSE = "She opened the letter at the kitchen table and read it twice, slowly, before she said a word to anyone. "
 CODE = "    for name, value in sorted(items.items()):\n        if value is None:\n            continue\n"
@@ -51,12 +53,15 @@ def test_a_folder_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert model_folder("builtin") == Path("builtin")
 
 
-def test_commands_use_it_on_a_machine_without_a_network(tmp_path: Path) -> None:
-    def printed(*arguments: str) -> str:
-        command = [sys.executable, "-m", "blt", *arguments]
-        return subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout
+def test_commands_use_it_on_a_machine_without_a_network(
+    blt_command: Blt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> NoReturn:
+        raise AssertionError("somebody asks the network")
 
-    assert len(printed("generate", "builtin", "The", "--max-bytes", "20").encode()) >= 20
-    assert "patches of" in printed("patch", "builtin", PROSE)
-    assert "latent" in printed("flops", "builtin")
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.chdir(tmp_path)
+    assert len(blt_command("generate", "builtin", "The", "--max-bytes", "20").stdout) >= 20
+    assert b"patches of" in blt_command("patch", "builtin", PROSE).stdout
+    assert b"latent" in blt_command("flops", "builtin").stdout
     assert not list(tmp_path.iterdir())

@@ -446,21 +446,23 @@ stack = TransformerConfig(num_layers=1, **SHAPE)
 local = stack.model_copy(update={"window_positions": 9})
 changes = {"local_encoder": local, "latent": stack, "local_decoder": local, "slots_per_patch": 1}
 case = draw_case("entropy", 0, [300], **changes)
-row, config, done = case.rows[0], case.networks.config, []
-for weights in (0, 7, 7):  # the second networks are compiled already, and still are themselves
+row, config = case.rows[0], case.networks.config
+for weights, in_8_bits in ((0, False), (7, False), (7, True)):  # the second are compiled already, and still are themselves
     networks = Networks(config, *random_models(config, weights), compiled=True)
-    if weights in done:  # once more, in 8 bits
+    if in_8_bits:
         round_to_int8(networks.network)
-    done.append(weights)
     _, starts, logits = whole_pass(networks, row)
     state, _ = prefill(networks, row[:20])
     for t in range(20, 300):
         assert_close(step(networks, state, [[row[t]]])[0], logits[t])
         assert state.rows[0].standing.patching.next_starts == starts[t + 1]
     stats, texts = GenerationStats(), set()
-    for mode, speculate in ((networks._replace(compiled=False), 0), (networks, 0), (networks, 7)):
+    modes = [(networks._replace(compiled=False), 0), (networks, 0)]
+    if not in_8_bits:  # each length of a block is compiled for each kind of weights, which is what takes long
+        modes.append((networks, 3))
+    for mode, speculate in modes:
         texts.add(b"".join(stream(Batch(mode, speculate, stats), Request(row[:20], 50))))
-    assert len(texts) == 1 and stats.drafted_bytes > 0
+    assert len(texts) == 1 and (in_8_bits or stats.drafted_bytes > 0)
 """
 
 
