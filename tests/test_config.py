@@ -204,6 +204,12 @@ def test_a_config_cannot_be_changed_in_place() -> None:
         config.training.seed = 5  # type: ignore[misc]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+    config = read_run_config("tiny")
+    (tmp_path / "marked.toml").write_text(to_toml(config), "utf-8-sig")
+    assert read_run_config(tmp_path / "marked.toml") == config
+
+
 def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text("[model\n")
     with pytest.raises(ValueError, match=r"own\.toml is not TOML: .*line 1"):

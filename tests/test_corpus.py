@@ -67,6 +67,12 @@ def test_every_kind_of_file_is_read_through_every_compression(tmp_path: Path, ki
     assert contents(tmp_path) == [text.encode() for text in expected]
 
 
+def test_a_byte_order_mark_is_no_part_of_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n', "utf-8-sig")
+    assert contents(path) == [b"one", b"two"]
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_compressed_files_may_be_several_in_one(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"two.txt{suffix}"

@@ -32,6 +32,14 @@ def test_a_missing_extra_names_the_command_that_installs_it(
     assert check.found == "missing" and check.fix == f"pip install 'blt-lm[{extra}]'"
 
 
+def test_a_missing_compiler_names_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang++" else None)
+    assert check_of("compiler") == Check("compiler", "clang++")
+    monkeypatch.setenv("CXX", "nonesuch")
+    assert check_of("compiler").found == "missing" and "--compile" in check_of("compiler").fix
+
+
 def test_an_old_python_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_of("python").fix == ""
     monkeypatch.setattr(doctor, "NEEDED_PYTHON", (99, 0))

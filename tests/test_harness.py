@@ -241,6 +241,18 @@ def test_an_option_that_makes_no_sense_is_named(
     assert refused.code == 1 and said in refused.stderr and refused.stderr.count("\n") == 1
 
 
+def test_a_task_that_is_missing_is_named_before_data_is_scored(run: Path, blt_command: Blt, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def f(): pass\n" * 9)
+    refused = blt_command("evaluate", run, "--data", text, "--tasks", tmp_path / "nonesuch.yaml")
+    assert refused.code == 1 and "no task file" in refused.stderr and "evaluation" not in refused.stderr
+
+
+def test_options_of_tasks_without_a_task_are_refused(run: Path, blt_command: Blt) -> None:
+    refused = blt_command("evaluate", run, "--limit", "3")
+    assert refused.code == 1 and "name some with --tasks" in refused.stderr
+
+
 def test_without_lm_eval_the_extra_is_named(run: Path, blt_command: Blt, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -56,7 +56,7 @@ def pronunciations(separator: str, numbered: bool) -> str:
 FILES = {
     "cute/prompts.json": json.dumps({"spell": SPELL, "swap_word": SWAP}),
     "cute/words/spell.tsv": "input1\tlabel\nthe\tt h e\nsea\ts e a\n",
-    "cute/words/spell_rand.tsv": "input1\tlabel\nxq\tx q\n",
+    "cute/words/spell_rand.tsv": "input1\tlabel\r\nxq\tx q\r\n",  # as Windows ends lines
     "cute/words/swap_word.tsv": "input1\tinput2\tinput3\tlabel\nI\tam\tI am.\tam I.\n",
     "hellaswag_val.jsonl": lines(SHOWS),
     "cmudict.dict": pronunciations(" ", numbered=True).replace("S\n", "S # place, danish\n", 1),
@@ -337,6 +337,7 @@ def test_a_task_that_the_files_do_not_have_is_answered_with_those_that_they_have
         ("arc_easy_local", "arc_easy_test.jsonl", '{"question": "x"}', "in no form that ARC is published in"),
         ("cute", "cute/prompts.json", '"spell"{', "prompts.json is no JSON"),
         ("cute", "cute/words/spell.tsv", "input1\tlabel\nthe", "spell.tsv has a row of other than 2 columns"),
+        ("cute", "cute/words/swap_word.tsv", "input1\tmy_label\nI\tam\n", "swap_word.tsv has no column label"),
         ("g2p", "cmudict.dict", "word\n", "cmudict.dict has no phonemes for 'word'"),
         ("g2p_tur", "wikipron/tur_latn_broad.tsv", "word\t", "tur_latn_broad.tsv has no phonemes for 'word'"),
     ],

@@ -182,3 +182,30 @@ def test_compiled_steps_without_a_compiler_say_what_to_install(monkeypatch: pyte
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", nowhere)
     with pytest.raises(ValueError, match=r"install one \(apt install g\+\+\)"):
         tiny_model().generate("some text", max_bytes=2, compiled=True)
+
+
+def test_one_stop_string_needs_no_list() -> None:
+    lm = tiny_model()
+    whole = lm.generate("to be", 30)
+    stop = whole[4:7]
+    for given in (stop, [stop], (b"never", stop)):
+        assert lm.generate("to be", 30, stop=given) == whole[: whole.index(stop)]
+        assert lm.generate(["to be"], 30, stop=given) == [whole[: whole.index(stop)]]
+    assert lm.generate("to be", 30, stop="never") == whole
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16])
+def test_a_dtype_that_is_none_of_ours_is_told_those_that_are(dtype: str | torch.dtype) -> None:
+    with pytest.raises(ValueError, match="dtype float16 is none of auto, float32, bfloat16 and int8"):
+        blt.load("builtin", dtype=dtype)
+
+
+def test_device_and_dtype_may_be_torchs() -> None:
+    lm = blt.load("builtin", torch.device("cpu"), torch.bfloat16)
+    assert lm.device == torch.device("cpu") and next(lm.network.latent_transformer.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("window_bytes", [1, 0, -3])
+def test_windows_without_a_byte_score_nothing(window_bytes: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 2, BOS and a byte, got {window_bytes}"):
+        tiny_model().score("to be", window_bytes)

@@ -35,7 +35,7 @@ def read_run_config(source: str | Path, overrides: Iterable[str] = (), init: Mod
     else:
         content = path.read_bytes()
     try:
-        values = tomllib.loads(content.decode())
+        values = tomllib.loads(content.decode("utf-8-sig"))  # Windows' editors write a BOM
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not TOML: {error}") from None
     if init is not None:

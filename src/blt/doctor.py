@@ -7,7 +7,8 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-EXTRAS = {"plot": "matplotlib", "eval": "lm_eval"}
+EXTRAS = {"plot": "matplotlib", "eval": "lm_eval", "hf": "transformers"}
+COMPILERS = ("g++", "clang++")  # where CXX names none
 NEEDED_PYTHON = (3, 11)
 NEEDED_DISK_GB = 2
 
@@ -22,7 +23,7 @@ class Check:
 
 
 def checks() -> list[Check]:
-    """Python, torch, devices, threads, memory, disk and optional extras."""
+    """Python, torch, devices, threads, memory, disk, a C++ compiler and optional extras."""
     import torch
 
     old = sys.version_info < NEEDED_PYTHON
@@ -41,6 +42,9 @@ def checks() -> list[Check]:
     free = shutil.disk_usage(".").free / 1e9
     short = free < NEEDED_DISK_GB
     found.append(Check("disk", f"{free:.1f} GB free here", f"free {NEEDED_DISK_GB} GB for a run" if short else ""))
+    compiler = next(filter(shutil.which, [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS), None)
+    missing = "apt install g++, or name one in CXX: blt generate --compile needs it"
+    found.append(Check("compiler", compiler or "missing", "" if compiler else missing))
     for extra, module in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         found.append(

@@ -1,5 +1,6 @@
 """Files -> documents: text of any kind that people have, plain or compressed, one file or folders of them."""
 
+import codecs
 import gzip
 import io
 import json
@@ -120,6 +121,8 @@ def open_stream(path: Path, compression: str) -> io.BufferedIOBase:
 
 def _jsonl_documents(path: Path, stream: io.BufferedIOBase) -> Iterator[Document]:
     for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:

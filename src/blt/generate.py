@@ -47,15 +47,17 @@ class Request:
 class Pieces:
     """Bytes in, pieces of text out as soon as they are final: never a part of a UTF-8 character, never past a stop string.
 
-    The stop string itself is left out. What is no UTF-8 at all comes out as it is; so does a character that the end cuts.
+    The stop string itself is left out. What is no UTF-8 at all comes out as it is; so does a character that the end cuts,
+    unless all is to be ``utf8``.
 
     >>> pieces = Pieces(stop=[b"STOP"])
     >>> [pieces.push(byte) for byte in "é!STOP".encode()], pieces.stopped
     ([b'', b'\\xc3\\xa9', b'!', b'', b'', b'', b''], True)
     """
 
-    def __init__(self, stop: Sequence[bytes] = ()) -> None:
+    def __init__(self, stop: Sequence[bytes] = (), utf8: bool = False) -> None:
         self.stop = stop
+        self.utf8 = utf8
         self.stopped = False
         self._held = b""
 
@@ -73,7 +75,7 @@ class Pieces:
 
     def end(self) -> bytes:
         """What was held back, as nothing more comes."""
-        return self._release(len(self._held))
+        return self._release(len(self._held) - (incomplete_suffix_length(self._held) if self.utf8 else 0))
 
     def _release(self, size: int) -> bytes:
         ready, self._held = self._held[:size], self._held[size:]
@@ -127,7 +129,7 @@ def start_writer(request: Request) -> Writer:
         return next_probabilities(logits, sampling, text)
 
     drawer = Drawer(distribution, torch.Generator().manual_seed(request.seed))
-    return Writer(request, drawer, Pieces([word for word in request.stop if word]))
+    return Writer(request, drawer, Pieces([word for word in request.stop if word], sampling.utf8))
 
 
 class Batch:

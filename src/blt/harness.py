@@ -145,6 +145,21 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """The figures of each task and group by name: its metrics, and ``documents``, how many were scored.
 
+    Raises as ``load_tasks``.
+    """
+    return evaluate_loaded(model, load_tasks(names, model.reporter, task_data, include_path, few_shot, limit), limit)
+
+
+def load_tasks(
+    names: Sequence[str],
+    reporter: Reporter,
+    task_data: Path | None = None,
+    include_path: Path | None = None,
+    few_shot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """lm-eval's tasks and groups of these names, with so many examples before each question.
+
     A name is that of one of our tasks (``harness_tasks``), of one of lm-eval's tasks, groups or tags, of one in a YAML file
     below ``include_path``, or it is such a file. Raises ValueError or OSError that says what to do.
     """
@@ -159,13 +174,21 @@ def evaluate_tasks(
             if not is_included(
                 name
             ):  # the index of lm-eval's names takes seconds, a hub that is out of reach half a minute
-                model.reporter.say(f"loading {name}")
+                reporter.say(f"loading {name}")
             found.append(_load(name, task_data, include_path))
         loaded = TaskManager(include_defaults=False).load([one for some in found for one in some])
         for task in loaded["tasks"].values():
             if few_shot is not None and task.get_config("num_fewshot") != 0:  # 0: the task has no place for any
                 _set_few_shot(task, few_shot)
             task.set_fewshot_seed(FEW_SHOT_SEED)
+    return dict(loaded)
+
+
+def evaluate_loaded(
+    model: HarnessModel, loaded: dict[str, Any], limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """The figures of what ``load_tasks`` gave, of so many documents of each task."""
+    with _third_parties_quiet():
         results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return {name: _figures(of_task) for name, of_task in results["results"].items()}
 

@@ -197,7 +197,9 @@ def read_cute(folder: BenchmarkFolder) -> Tree:
 
 def _cute_task(prompt: str, path: str, table: bytes) -> Config:
     """The prompt ends where its own examples have an answer in quotes: the text up to the closing quote is the answer."""
-    header, *lines = (line.split("\t") for line in table.decode().strip("\n").split("\n"))
+    header, *lines = (line.split("\t") for line in table.decode().replace("\r\n", "\n").strip("\n").split("\n"))
+    if "label" not in header:
+        raise ValueError(f"{path} has no column label; get CUTE again")
     if any(len(line) != len(header) for line in lines):
         raise ValueError(f"{path} has a row of other than {len(header)} columns; get CUTE again")
     rows = [

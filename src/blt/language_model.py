@@ -111,10 +111,12 @@ class LanguageModel:
     def score(self, text: Text, window_bytes: int = 4096) -> Score:
         """Bits per byte and patch statistics of a text, as one document; see ``evaluate.windows`` for long ones.
 
-        Raises ValueError for an empty text.
+        Raises ValueError for an empty text, and for windows that hold no byte.
         """
         if not text:
             raise ValueError("an empty text has no bits per byte")
+        if window_bytes < 2:
+            raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
         window = min(window_bytes, self.config.max_bytes)
         return score_documents(self.predict, [byte_ids.as_bytes(text)], window, self.device)[0]
 
@@ -126,7 +128,7 @@ class LanguageModel:
         """
         if isinstance(prompt, str | bytes):
             return b"".join(self.stream(prompt, max_bytes, **options))
-        seed, stop = options.pop("seed", 0), list(options.pop("stop", ()))
+        seed, stop = options.pop("seed", 0), _stop_words(options.pop("stop", ()))
         stats, speculate, compiled = (
             options.pop("stats", None),
             options.pop("speculate", 0),
@@ -147,7 +149,7 @@ class LanguageModel:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int = 0,
-        stop: Iterable[Text] = (),
+        stop: Text | Iterable[Text] = (),
         utf8: bool = False,
         speculate: int = 0,
         compiled: bool = False,
@@ -155,9 +157,10 @@ class LanguageModel:
     ) -> Iterator[bytes]:
         """Pieces of what the model writes, as they come: whole UTF-8 characters, up to a stop string, EOS or the limit.
 
-        Temperature 0 is greedy. ``speculate``: draft up to so many bytes a round and verify them in one pass (same bytes
-        when greedy, same distribution when not; 0: plain). ``compiled``: steps of one row are compiled by torch, which takes
-        a minute at first. ``stats`` is filled as the stream goes on.
+        ``stop`` is one text or several. ``utf8``: only bytes that keep what is written well-formed, and at the limit no
+        beginning of a character. Temperature 0 is greedy. ``speculate``: draft up to so many bytes a round and verify them
+        in one pass (same bytes when greedy, same distribution when not; 0: plain). ``compiled``: steps of one row are
+        compiled by torch, which takes a minute at first. ``stats`` is filled as the stream goes on.
 
         Raises ValueError where prompt and ``max_bytes`` exceed the model's limit.
         """
@@ -184,7 +187,7 @@ class LanguageModel:
         save_model(Path(folder), self.config, self.entropy_model, self.network, self.card)
 
     def _request(
-        self, prompt: Text, max_bytes: int, *, seed: int = 0, stop: Iterable[Text] = (), **sampling: Any
+        self, prompt: Text, max_bytes: int, *, seed: int = 0, stop: Text | Iterable[Text] = (), **sampling: Any
     ) -> Request:
         prompt_ids = byte_ids.encode(prompt)
         if max_bytes < 0:
@@ -194,8 +197,7 @@ class LanguageModel:
                 f"a prompt of {len(prompt_ids) - 1} bytes and max_bytes {max_bytes} exceed the {self.config.max_bytes - 1} "
                 "bytes this model can hold; shorten one of them"
             )
-        stop_words = [byte_ids.as_bytes(word) for word in stop]
-        return Request(prompt_ids, max_bytes, Sampling(**sampling), seed, stop_words)
+        return Request(prompt_ids, max_bytes, Sampling(**sampling), seed, _stop_words(stop))
 
     def _networks(self, compiled: bool) -> Networks:
         if self.config.patching.uses_entropies and self.config.patching.threshold_nats is None:
@@ -220,7 +222,11 @@ class LanguageModel:
             )
 
 
-def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
+def _stop_words(stop: Text | Iterable[Text]) -> list[bytes]:
+    return [byte_ids.as_bytes(word) for word in ([stop] if isinstance(stop, str | bytes) else stop)]
+
+
+def load(model: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> LanguageModel:
     """A model from a run folder, a folder in Hugging Face's ``blt`` format or the official release format, or a hub id such as
     ``itazap/blt-1b-hf``; ``builtin`` is the small one that comes with the package. A licence, where there is one, is
     said on stderr.
@@ -231,7 +237,7 @@ def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> Langua
 
     An existing path is never looked up on the hub. Raises FileNotFoundError or ValueError that says what to do.
     """
-    target = pick_device(device)
+    target, dtype = pick_device(str(device)), str(dtype).removeprefix("torch.")
     folder, card = model_folder_and_card(model)
     loaded = load_model(folder, pick_dtype("auto" if dtype == "int8" else dtype, target))
     found = LanguageModel(*loaded, card).to(target)
@@ -318,7 +324,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    """``auto`` is bf16 on a GPU and fp32 elsewhere. Raises ValueError for another name."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name} is none of auto, {', '.join(dtypes)} and int8")
+    return dtypes[name]

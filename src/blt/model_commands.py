@@ -59,22 +59,23 @@ def evaluate(
 
     if window_bytes is not None and window_bytes < 2:
         raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
+    if not tasks and (few_shot is not None or limit is not None or task_data is not None or include_path is not None):
+        raise ValueError("few_shot, limit, task_data and include_path are about tasks; name some with --tasks")
+    if tasks:  # before anything is scored: what is missing is said at once
+        try:
+            from blt.harness import HarnessModel, evaluate_loaded, load_tasks
+        except ImportError as error:
+            raise ValueError(f"tasks need lm-eval ({error}): pip install 'blt-lm[eval]' -c constraints.txt") from None
     multiply_fast_in_fp32()
     lm = _load(model, options)
     window = min(window_bytes or _trained_row_bytes(model) or 4096, lm.config.max_bytes)
     figures: dict[str, Any] = {}
     with reporter_for(options) as reporter:
+        loaded = load_tasks(tasks, reporter, task_data, include_path, few_shot, limit) if tasks else {}
         if data is not None or not tasks:
             figures = _bits_per_byte(lm, model, data, raw, window, reporter)
         if tasks:
-            try:
-                from blt.harness import HarnessModel, evaluate_tasks
-            except ImportError as error:
-                raise ValueError(
-                    f"tasks need lm-eval ({error}): pip install 'blt-lm[eval]' -c constraints.txt"
-                ) from None
-            asked = HarnessModel(lm, window, reporter, options.seed or 0)
-            figures["tasks"] = evaluate_tasks(asked, tasks, task_data, include_path, few_shot, limit)
+            figures["tasks"] = evaluate_loaded(HarnessModel(lm, window, reporter, options.seed or 0), loaded, limit)
     if options.json:
         print_json(figures)
         return
@@ -130,7 +131,7 @@ def generate(
     model
         As for blt evaluate: builtin, the small model that comes with the package, a run folder, ...
     prompt
-        The text to continue; - reads it from stdin.
+        The text to continue; - reads it from stdin, also one that begins with a hyphen.
     max_bytes
         At most this many new bytes.
     temperature
@@ -144,7 +145,7 @@ def generate(
     stop
         End before this text; may be repeated.
     utf8
-        Never leave well-formed UTF-8.
+        Never leave well-formed UTF-8; at the limit of bytes no character is begun.
     speculate
         Draft up to so many bytes at a time and verify them in one pass: the same text for greedy decoding.
     compile_

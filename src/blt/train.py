@@ -67,7 +67,7 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
     goes_on = resume and bool(saved_steps(run / "state" / "network"))  # then all that it began from is in the run
     if not goes_on:
         check_beginning(config)
-    lesson, teacher = token_lesson(config, device), entropy_teacher(config, device)
+    lesson, teacher = token_lesson(config, device), None if goes_on else entropy_teacher(config, device)
     pretrained = pretrained_entropy_model(config, device) if not goes_on or config.data.entropies else None
     scored = scored_entropies(config, pretrained)
     is_new = not (run / "config.toml").exists()

@@ -121,8 +121,7 @@ def train(
         patch_bytes = run_config.model.patching.patch_bytes or run_config.calibration.target_patch_bytes
         print_flops(summary(run_config.model, patch_bytes, run_config.training.row_bytes))
         return
-    own_folder = Path(config).parent if Path(config).name == "config.toml" else None  # a run's own config
-    run = out or own_folder or Path("runs") / Path(config).stem
+    run = out or (Path(config).parent if _is_of_a_run(Path(config)) else Path("runs") / Path(config).stem)
     if resume and not (run / "config.toml").is_file():
         raise FileNotFoundError(
             f"{run} holds no run to resume; leave out --resume, or name the run's folder with --out"
@@ -132,6 +131,12 @@ def train(
         print_json(evaluation)
     else:
         print(f"held out, bits per byte: {evaluation_line(evaluation)}\nthe run is in {run}")
+
+
+def _is_of_a_run(config: Path) -> bool:
+    """Whether it is the config that a run keeps, and none that somebody named so."""
+    beside = ("corpus/summary.json", "metrics.jsonl", "state", "model")
+    return config.name == "config.toml" and any((config.parent / name).exists() for name in beside)
 
 
 def entropies(

@@ -249,15 +249,18 @@ class NgramCounts:
 
 
 def summed(counted: Counted) -> Counted:
-    """Sorted, with the counts of the same context and next byte added up.
+    """Sorted, with the counts of the same context and next byte added up, to 2^32 - 1 at most.
 
     >>> summed(np.array([7 << 32 | 1, 5 << 32 | 2, 7 << 32 | 3], np.uint64)).tolist() == [5 << 32 | 2, 7 << 32 | 4]
+    True
+    >>> summed(np.array([7 << 32 | 3 * 10**9] * 2, np.uint64)).tolist() == [7 << 32 | 2**32 - 1]
     True
     """
     counted = np.sort(counted)
     keys = counted >> np.uint64(32)
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return (keys[first] << np.uint64(32)) | np.add.reduceat(counted & np.uint64(2**32 - 1), first)
+    most = np.uint64(2**32 - 1)
+    return (keys[first] << np.uint64(32)) | np.minimum(np.add.reduceat(counted & most, first), most)
 
 
 def _of_shorter_contexts(pairs: Counted, order: int) -> Counted:
