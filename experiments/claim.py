@@ -97,8 +97,8 @@ def done(plans: Iterable[Plan], work: Path, chosen: argparse.Namespace) -> list[
     told, known = results_before(chosen.out).get("runs", []), []
     for plan in plans:
         file = plan.folder(work) / "result.json"
-        if file.exists():
-            figures = json.loads(file.read_text())
+        figures = json.loads(file.read_text()) if file.exists() else None
+        if figures is not None and chosen.dtype in ("auto", figures["training"]["dtype"]):
             known.append({"mix": plan.mix, "name": plan.name, "mean_bits_per_byte": mean_bits(figures), **figures})
         else:
             known += [run for run in told if is_of(run, plan, chosen.dtype)][:1]

@@ -41,7 +41,9 @@ def language_model(rule: str, seed: int, confidence: float = 1.0, **changes: Any
             threshold_nats=0.0 if rule.startswith("entropy") else None,
             max_patch_bytes=rng.choice([None, None, 1, 3, 7]),
         ),
-        hash_embeddings=HashEmbeddingsConfig(ngram_bytes=rng.choice([(1,), (3, 4, 5), (2, 8)]), table_rows=50),
+        hash_embeddings=HashEmbeddingsConfig(
+            ngram_bytes=rng.choice([(1,), (3, 4, 5), (2, 8)]), table_rows=50, min_count=1 + seed % 2, filter_bits=8
+        ),
         local_encoder=TransformerConfig(num_layers=1, window_positions=window, **SHAPE),
         latent=TransformerConfig(num_layers=rng.choice([1, 2]), width=32, num_heads=4, ffn_width=40),
         local_decoder=TransformerConfig(

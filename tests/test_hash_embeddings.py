@@ -1,5 +1,7 @@
 """Hashed n-grams against Python's unbounded integers, wrapped to int64 by hand."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from tiny import randomise
 
 from blt.byte_ids import VOCAB_SIZE
 from blt.config import HashEmbeddingsConfig
-from blt.model.hash_embeddings import PRIMES, HashEmbeddings, table_rows
+from blt.model.hash_embeddings import PRIMES, FrequentNgrams, HashEmbeddings, table_rows
 
 RELEASED_PRIMES = (  # of the released checkpoints, in their order
     *(1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899),
@@ -92,3 +94,42 @@ def test_every_table_row_that_is_read_gets_the_gradient_of_its_readers() -> None
         3,
     )  # of what was read, and nothing else
     assert gradient.to_dense().equal(reads[:, None].expand(14, 3).float())
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    learned=st.lists(st.lists(st.integers(0, 5), min_size=7, max_size=7), min_size=1, max_size=5),
+    read=st.lists(st.integers(0, 5), min_size=1, max_size=7),
+    min_count=st.integers(2, 4),
+)
+def test_an_ngram_that_was_met_too_seldom_reads_the_last_row(
+    learned: list[list[int]], read: list[int], min_count: int
+) -> None:
+    config = HashEmbeddingsConfig(ngram_bytes=(1, 3), num_functions=2, table_rows=10, min_count=min_count)
+    counts, embeddings = FrequentNgrams(config), HashEmbeddings(config, width=1)
+    for row in learned:
+        counts.add(torch.tensor([row]))
+    embeddings.frequent.copy_(counts.bits())
+
+    def ngrams(ids: list[int], size: int) -> list[tuple[int, ...]]:
+        padded = [0] * (size - 1) + ids
+        return [tuple(padded[t : t + size]) for t in range(len(ids))]
+
+    tables = [(prime, size) for prime in RELEASED_PRIMES[:2] for size in (1, 3)]
+    for table, (prime, size) in enumerate(tables):
+        met = Counter(ngram for row in learned for ngram in ngrams(row, size))
+        own = [reference_row(read, t, size, prime, 9) for t in range(len(read))]
+        expected = [row if met[of] >= min_count else 9 for row, of in zip(own, ngrams(read, size), strict=True)]
+        found = embeddings.rows(torch.tensor([read]))[0, :, table]
+        assert (found - 10 * table).tolist() == expected
+
+
+def test_counts_end_at_255_and_rows_are_counted_wherever_they_are_cut() -> None:
+    config = HashEmbeddingsConfig(ngram_bytes=(2,), table_rows=10, min_count=255)
+    together, singly = FrequentNgrams(config), FrequentNgrams(config)
+    rows = torch.full((700, 300), 70)  # more ids than are counted at a time
+    together.add(rows)
+    for row in rows:
+        singly.add(row[None])
+    assert (together.counts == singly.counts).all() and together.counts.max() == 255
+    assert together.bits().count_nonzero() == 2  # of 70 70 and, where rows begin, 0 70

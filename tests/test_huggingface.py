@@ -247,6 +247,10 @@ INEXPRESSIBLE = {
         "an entropy model of n-gram statistics",
         tiny_config(entropy_model=NgramEntropyModelConfig(kind="ngram", max_order=4, table_bits=8)),
     ),
+    "rare_ngrams": (
+        "n-grams that are looked up only if training text has them often enough",
+        tiny_config(hash_embeddings=HashEmbeddingsConfig(table_rows=50, min_count=2, filter_bits=8)),
+    ),
     "no_entropy_window": (
         "an entropy model without a window",
         tiny_config(entropy_model=entropy_model(1, window_positions=None)),

@@ -70,6 +70,8 @@ def draw_case(rule: str, seed: int, lengths: Sequence[int], **changes: object) -
             ngram_bytes=rng.choice([(1,), (2,), (3, 4, 5), (8, 1), (3, 4, 5, 6, 7, 8)]),
             num_functions=rng.choice([1, 2]),
             table_rows=50,
+            min_count=1 + seed % 2,
+            filter_bits=8,
         ),
         local_encoder=TransformerConfig(num_layers=rng.choice([1, 2]), window_positions=rng.choice(windows), **SHAPE),
         latent=TransformerConfig(

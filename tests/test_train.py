@@ -128,6 +128,7 @@ def with_ngrams(config: RunConfig, **changes: Any) -> RunConfig:
     """The same run with n-gram statistics instead of the transformer."""
     values = config.model_dump() | {"entropy_training": None} | changes
     values["model"]["entropy_model"] = {"kind": "ngram", "max_order": 4, "table_bits": 10, "backoff": 4.0}
+    values["model"]["hash_embeddings"] |= {"min_count": 3, "filter_bits": 12}
     return RunConfig.model_validate(values)
 
 
@@ -146,6 +147,7 @@ def test_a_run_with_ngram_statistics_resumes_to_the_bit(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(resumed)[name]), name
+    assert resumed.network.local_encoder.hash_embeddings.frequent.any()
     reports = Metrics(tmp_path / "cut" / "metrics.jsonl").read()
     (counted,) = [report for report in reports if report["phase"] == "entropy model"]
     assert counted["bytes_seen"] == open_shard(tmp_path / "cut" / "corpus", "train").num_bytes

@@ -20,6 +20,7 @@ from blt.config import (
 )
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel
+from blt.model.hash_embeddings import HashEmbeddings
 from blt.model.ngram_entropy_model import NgramEntropyModel
 from blt.model.transformer import initialise
 
@@ -70,6 +71,8 @@ def randomise(module: nn.Module, seed: int) -> None:
     for part in module.modules():
         if isinstance(part, nn.Embedding):
             part.weight.normal_(generator=generator)
+        elif isinstance(part, HashEmbeddings) and part.config.min_count > 1:
+            part.frequent.random_(generator=generator)
         elif isinstance(part, nn.RMSNorm):
             part.weight.uniform_(0.5, 1.5, generator=generator)
 

@@ -119,11 +119,19 @@ class HashEmbeddingsConfig(Config):
     ngram_bytes: tuple[int, ...] = Field((3, 4, 5, 6, 7, 8), min_length=1, strict=False)
     num_functions: int = Field(1, ge=1, le=11)
     table_rows: int = Field(500_002, ge=1)  # of each function and n-gram size
+    min_count: int = Field(
+        1, ge=1, le=255
+    )  # n-grams that training text has less often read one row in common; 1: none is
+    filter_bits: int = Field(
+        24, ge=8, le=30
+    )  # with min_count: 2**filter_bits bits of each table tell which are not rare
 
     @model_validator(mode="after")
     def sizes_are_ngrams(self) -> "HashEmbeddingsConfig":
         if min(self.ngram_bytes) < 1 or len(set(self.ngram_bytes)) != len(self.ngram_bytes):
             raise ValueError(f"ngram_bytes must be different sizes of at least 1, got {list(self.ngram_bytes)}")
+        if self.min_count > 1 and self.table_rows < 2:
+            raise ValueError("table_rows must be at least 2 with a min_count: the last one is read by all rare n-grams")
         return self
 
     @property

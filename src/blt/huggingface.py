@@ -112,6 +112,8 @@ def inexpressible(config: ModelConfig) -> list[str]:
         reasons.append("an entropy model of n-gram statistics")
     elif entropy_model is not None and entropy_model.reset_at_newline:
         reasons.append("an entropy context that is reset at newlines")
+    if config.hash_embeddings.min_count > 1:
+        reasons.append("n-grams that are looked up only if training text has them often enough")
     if config.local_encoder.window_positions != config.local_decoder.window_positions:
         reasons.append("different windows in local encoder and decoder")
     if config.local_encoder.window_positions is None or config.latent.window_positions is not None:

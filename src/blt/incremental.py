@@ -21,7 +21,7 @@ from blt.byte_ids import EOS, NEWLINE
 from blt.config import ModelConfig
 from blt.model.byte_latent_transformer import ByteLatentTransformer
 from blt.model.entropy_model import EntropyModel, entropies_of
-from blt.model.hash_embeddings import TableRows, table_rows
+from blt.model.hash_embeddings import TableRows
 from blt.model.kv_cache import Kept, KeyValueCache, Place, Span
 from blt.model.linear import COMPILED_ROWS
 from blt.model.local_decoder import LayerSlots, LocalDecoder
@@ -317,7 +317,7 @@ def _with_table_rows(
         for row, block in zip(state.rows, ids, strict=True)
     ]
     id_rows = _as_rows(with_past, reach + new, state)
-    return id_rows[:, reach:], table_rows(id_rows, networks.config.hash_embeddings)[:, reach:]
+    return id_rows[:, reach:], networks.network.local_encoder.hash_embeddings.rows(id_rows)[:, reach:]
 
 
 def _slots_of_byte(

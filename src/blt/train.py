@@ -22,6 +22,7 @@ from blt.flops import entropy_model_flops, flops_per_byte
 from blt.language_model import LanguageModel, model_folder
 from blt.lora import add_adapters, merged
 from blt.model.entropy_model import EntropyModel
+from blt.model.hash_embeddings import FrequentNgrams, HashEmbeddings
 from blt.model.ngram_entropy_model import EXACT_ORDER, NgramCounts, NgramEntropyModel
 from blt.model.patching import mean_patch_bytes, patch_starts, threshold_for_patch_size
 from blt.model.transformer import initialise
@@ -51,7 +52,7 @@ from blt.starting_points import (
 )
 from blt.token_teacher import Lesson
 
-ENTROPY_MODEL, NETWORK = "entropy model", "network"
+ENTROPY_MODEL, HASH_TABLES, NETWORK = "entropy model", "hash tables", "network"
 SAMPLE_BYTES = 120
 REPORT_BYTES = 1_000_000  # of held-out text, scored at the end of training
 BFLOAT16_GAIN = 1.5  # of matrix products, from which on a training step gains in spite of the casts
@@ -106,6 +107,8 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
                 entropy_model = _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
             model_config = _calibrated(config, entropy_model, device, train_shard, held_out, scored, metrics, reporter)
             network = first_network(config, model_config)
+            if config.init is None and model_config.hash_embeddings.min_count > 1:
+                fit_filter(network.local_encoder.hash_embeddings, train_shard, config.training.row_bytes, reporter)
             lm = LanguageModel(model_config, entropy_model, network.to(device), first_card(config))
         if config.lora is not None:
             add_adapters(lm.network, config.lora, config.training.seed)
@@ -154,6 +157,24 @@ def open_corpus(config: RunConfig, run: Path, reporter: Reporter) -> tuple[corpu
         with naming_the_place(folder):
             reporter.say(corpus.build_shards(documents, folder, config.data.held_out_fraction).sentence)
     return corpus.open_shard(folder, "train"), corpus.open_shard(folder, "held_out")
+
+
+def fit_filter(embeddings: HashEmbeddings, shard: corpus.ByteShard, row_bytes: int, reporter: Reporter) -> None:
+    """Find the n-grams that a shard's rows, each once, look up at least ``min_count`` times; the others read a common row."""
+    counts, started, rows = FrequentNgrams(embeddings.config), time.perf_counter(), corpus.num_rows(shard, row_bytes)
+    shown, at_once = started, max(1, COUNTED_BYTES // row_bytes)
+    for begin in range(0, rows, at_once):
+        counts.add(corpus.rows_of(shard, range(begin, min(begin + at_once, rows)), row_bytes)[:, :-1])
+        if (now := time.perf_counter()) - shown > 5:
+            shown = now
+            reporter.show(HASH_TABLES, min(begin + at_once, rows), rows, f"{begin * row_bytes / 1e6:.2f} MB")
+    embeddings.frequent.copy_(counts.bits())
+    least = embeddings.config.min_count
+    fullest = max(float((of_table >= least).mean()) for of_table in counts.counts)
+    reporter.say(
+        f"{HASH_TABLES}: n-grams counted in {time.perf_counter() - started:.1f} s; those met {least} times and more fill "
+        f"{fullest:.0%} of the fullest filter"
+    )
 
 
 def fit_ngrams(

@@ -3,9 +3,10 @@
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from blt.config import HashEmbeddingsConfig
@@ -33,15 +34,34 @@ class HashEmbeddings(nn.Module):
     """One table per hash function and n-gram size, kept as one matrix in that order; a byte gets the sum of its rows.
 
     The sum is not divided by the number of tables, as in the released weights (the paper's eq. 5 divides).
+
+    With a ``min_count`` (not in the paper) only n-grams that training text has as often read a row of their own hash. All
+    others read their table's last row, so that what was never learned is not mistaken for something that was.
     """
+
+    frequent: UInt8[Tensor, "table byte"]  # bits; with min_count only
 
     def __init__(self, config: HashEmbeddingsConfig, width: int) -> None:
         super().__init__()
         self.config = config
         self.tables = nn.Embedding(config.num_tables * config.table_rows, width)
+        if config.min_count > 1:
+            self.register_buffer(
+                "frequent", torch.zeros(config.num_tables, 2**config.filter_bits // 8, dtype=torch.uint8)
+            )
 
     def forward(self, byte_ids: ByteIds) -> ByteStates:
-        return self.look_up(table_rows(byte_ids, self.config))
+        return self.look_up(self.rows(byte_ids))
+
+    def rows(self, byte_ids: ByteIds) -> TableRows:
+        """The rows of the stacked tables that each byte's n-grams select: ``table_rows``, the last of a table for rare ones."""
+        if self.config.min_count == 1:
+            return table_rows(byte_ids, self.config)
+        hashes, first_row = _hashes_and_first_rows(byte_ids, self.config)
+        last, bits = self.config.table_rows - 1, filter_places(hashes, self.config)
+        table = torch.arange(self.config.num_tables, device=byte_ids.device)
+        frequent = (self.frequent[table, bits >> 3] >> (bits & 7)) & 1
+        return torch.where(frequent.bool(), hashes.remainder(last), last) + first_row
 
     def look_up(self, rows: TableRows) -> ByteStates:
         """The sum of these rows for each byte. The tables' gradient is sparse: it holds these rows and no others.
@@ -102,11 +122,45 @@ def table_rows(byte_ids: ByteIds, config: HashEmbeddingsConfig) -> TableRows:
     >>> table_rows(torch.tensor([[7, 5]]), config).tolist()  # 7, 0 + 7p; 5, 7 + 5p; p = 1000000007
     [[[7, 19], [5, 12]]]
     """
+    hashes, first_row = _hashes_and_first_rows(byte_ids, config)
+    return hashes.remainder(config.table_rows) + first_row
+
+
+class FrequentNgrams:
+    """Counts each table's n-grams in training text, by their places in the filter, up to 255."""
+
+    def __init__(self, config: HashEmbeddingsConfig) -> None:
+        self.config = config
+        self.counts = np.zeros((config.num_tables, 2**config.filter_bits), np.uint8)
+
+    def add(self, byte_ids: ByteIds) -> None:
+        """Count what rows of ids will look up, a hundred thousand ids at a time to keep memory small."""
+        for some in byte_ids.split(max(1, 2**17 // byte_ids.shape[1])):
+            places = filter_places(_hashes_and_first_rows(some, self.config)[0], self.config)
+            for counts, of_table in zip(self.counts, places.flatten(0, 1).T, strict=True):
+                found, times = np.unique(of_table.numpy(), return_counts=True)
+                counts[found] = np.minimum(counts[found] + times, 255)
+
+    def bits(self) -> UInt8[Tensor, "table byte"]:
+        """A bit for each place: whether what stands there was met ``min_count`` times."""
+        return torch.from_numpy(np.packbits(self.counts >= self.config.min_count, axis=1, bitorder="little"))
+
+
+def filter_places(
+    hashes: Int[Tensor, "batch byte table"], config: HashEmbeddingsConfig
+) -> Int[Tensor, "batch byte table"]:
+    """Where n-grams have their bit, by other bits of their hash than those that choose the row."""
+    mixed = (hashes ^ (hashes >> 31)) * 0x5851F42D4C957F2D
+    return (mixed >> 17) & (2**config.filter_bits - 1)
+
+
+def _hashes_and_first_rows(
+    byte_ids: ByteIds, config: HashEmbeddingsConfig
+) -> tuple[Int[Tensor, "batch byte table"], Int[Tensor, " table"]]:
     powers, first_row = _powers_and_first_rows(config, byte_ids.device)
     longest = len(powers)
     windows = F.pad(byte_ids.long(), (longest - 1, 0)).unfold(1, longest, 1)
-    hashes = (windows[..., None] * powers).sum(2)
-    return hashes.remainder(config.table_rows) + first_row
+    return (windows[..., None] * powers).sum(2), first_row
 
 
 @functools.cache
