@@ -216,7 +216,7 @@ def main() -> None:
     wanted, work = list(plans(chosen.budget, chosen.seeds)), chosen.work / "ablations"
     try:
         text, held_out = train_text(chosen, "english", BYTES[chosen.budget]), test_texts(chosen, "english")
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
 
     def record() -> None:

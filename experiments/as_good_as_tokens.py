@@ -133,7 +133,7 @@ def main() -> None:
 
     try:
         do(wanted, chosen, found)
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
 
 

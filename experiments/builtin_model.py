@@ -73,7 +73,7 @@ def main() -> None:
     with Reporter() as reporter:
         try:
             lm = rounded(trained(chosen.data, chosen.work / "builtin", chosen.settings, reporter))
-        except (FileNotFoundError, FileExistsError) as error:
+        except FileNotFoundError as error:
             parser.error(str(error))
         config = read_run_config(chosen.work / "builtin" / "config.toml")
         window = config.training.row_bytes

@@ -139,15 +139,13 @@ def run(
 ) -> dict[str, Any]:
     """What a contender makes of held-out texts after one pass over ``text``, at ``flops`` per byte of its forward pass.
 
-    Raises FileExistsError where the folder holds a run of another dtype: figures of one table are of one.
+    Ends the script where the folder holds a run of another dtype: figures of one table are of one.
     """
     result = folder / "result.json"
     if result.exists():
         figures: dict[str, Any] = json.loads(result.read_text())
         if dtype not in ("auto", figures["training"]["dtype"]):
-            raise FileExistsError(
-                f"{folder} holds a run in {figures['training']['dtype']}; give another --work or --dtype"
-            )
+            raise SystemExit(f"{folder} holds a run in {figures['training']['dtype']}; give another --work or --dtype")
         return figures
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"training.seed": seed, "training.dtype": dtype, "data.paths": [str(text)], **contender.settings}

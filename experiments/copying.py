@@ -87,7 +87,7 @@ def main() -> None:
     num_bytes = BYTES[chosen.budget]
     try:
         train, test = train_text(chosen, "english", 15_000_000), test_texts(chosen, "english")
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
     asked = passages([document for path in test.values() for document in documents_of(path)], 15_000, 1)
     text = twice(documents_of(train), num_bytes, chosen.work / "texts")

@@ -134,7 +134,7 @@ def main() -> None:
     num_bytes, number = BYTES[chosen.budget], TEXTS[chosen.budget]
     try:
         train_file, test = train_text(chosen, "english", 15_000_000), test_texts(chosen, "english")
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
     documents = [document for path in test.values() for document in documents_of(path)]
     with Reporter() as reporter:

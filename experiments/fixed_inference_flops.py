@@ -172,7 +172,7 @@ def main() -> None:
 
     try:
         do(wanted, chosen, found)
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
     last = POINTS[chosen.budget][-1]
     largest = {p.name: p.folder(chosen.work) for p in wanted if p.seed == 0 and p.train_bytes == last}

@@ -103,7 +103,7 @@ def main() -> None:
         learned = bytes_by_language(paths_of(chosen.data, "multilingual", "train"))
         news = first_lines(chosen.data / "eval" / "ntrex_36.jsonl.xz", "lang", number)
         sanskrit = first_lines(chosen.data / "eval" / "sanskrit_20_scripts.jsonl.xz", "script", number)
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
     kinds = {language: presence(language, learned) for language in news} | dict.fromkeys(sanskrit, "script")
     models = []

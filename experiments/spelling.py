@@ -279,7 +279,7 @@ def main() -> None:
         asked = (text for listed in questions.values() for arguments, _ in listed for text in arguments)
         of_cute = {text.replace(" ", "") for text in asked}  # also the words that are asked for letter by letter
         listed = word_list(train_text(chosen, "english", 10_000_000), of_cute)
-    except (FileNotFoundError, FileExistsError) as error:
+    except FileNotFoundError as error:
         parser.error(str(error))
     own, words = listed[:OWN_WORDS], listed[OWN_WORDS:]
     text = written(documents(prompts, words, of_cute | set(own), num_bytes, seed=0), chosen.work / "texts")

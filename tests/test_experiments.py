@@ -251,7 +251,7 @@ def test_a_run_of_another_kind_is_not_taken_for_one_that_is_not_here(tmp_path: P
     (plans[0].folder(tmp_path) / "result.json").write_text(json.dumps(here))
     assert claim.done(plans[:1], tmp_path, chosen)[0]["mean_bits_per_byte"] == 3.5
     assert claim.done(plans[:1], tmp_path, argparse.Namespace(out=out, dtype="bfloat16")) == [told]
-    with pytest.raises(FileExistsError, match="holds a run in float32; give another --work"):
+    with pytest.raises(SystemExit, match="holds a run in float32; give another --work"):
         contenders.run(bpe, out, {}, plans[0].folder(tmp_path), 1e6, dtype="bfloat16")
 
 
