@@ -107,8 +107,9 @@ def train(config: RunConfig, run: Path, device: torch.device, resume: bool, repo
                 entropy_model = _trained_entropy_model(config, run, device, held_out, teacher, optimise_job)
             model_config = _calibrated(config, entropy_model, device, train_shard, held_out, scored, metrics, reporter)
             network = first_network(config, model_config)
-            if config.init is None and model_config.hash_embeddings.min_count > 1:
-                fit_filter(network.local_encoder.hash_embeddings, train_shard, config.training.row_bytes, reporter)
+            tables = network.local_encoder.hash_embeddings
+            if tables.config.min_count > 1 and not tables.frequent.any():  # a model that is only begun has none either
+                fit_filter(tables, train_shard, config.training.row_bytes, reporter)
             lm = LanguageModel(model_config, entropy_model, network.to(device), first_card(config))
         if config.lora is not None:
             add_adapters(lm.network, config.lora, config.training.seed)
