@@ -36,6 +36,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # paths and hubs
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("generate", ["x", "--top-k", "5"], "give a --temperature above 0"),
+        ("evaluate", ["--limit", "5"], "name some with --tasks"),
+        ("evaluate", ["--raw"], "name some with --data"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    tiny_training: Any, blt_command: Blt, command: str, options: list[str], said: str
+) -> None:
+    assert_refused(blt_command(command, tiny_training.run, *options), said)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "generate", "patch", "flops"])
 def test_a_missing_model_is_named(command: str, blt_command: Blt) -> None:
     text = ["text"] if command in ("generate", "patch") else []
@@ -315,7 +329,14 @@ def test_a_prompt_beyond_the_limit_is_told_the_limit(tiny_training: Any, blt_com
 
 @pytest.mark.parametrize(
     "options",
-    [["--temperature", "-1"], ["--top-k", "0"], ["--top-p", "2"], ["--min-p", "0"], ["--max-bytes", "-1"]],
+    [
+        ["--temperature", "-1"],
+        ["--max-bytes", "-1"],
+        *(
+            [option, value, "--temperature", "1"]
+            for option, value in (("--top-k", "0"), ("--top-p", "2"), ("--min-p", "0"))
+        ),
+    ],
     ids=lambda options: options[0],
 )
 def test_an_option_out_of_range_is_refused(options: list[str], tiny_training: Any, blt_command: Blt) -> None:

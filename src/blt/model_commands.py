@@ -61,6 +61,8 @@ def evaluate(
         raise ValueError(f"window_bytes must be at least 2, BOS and a byte, got {window_bytes}")
     if not tasks and (few_shot is not None or limit is not None or task_data is not None or include_path is not None):
         raise ValueError("few_shot, limit, task_data and include_path are about tasks; name some with --tasks")
+    if raw and data is None:
+        raise ValueError("raw is about files; name some with --data")
     if tasks:  # before anything is scored: what is missing is said at once
         try:
             from blt.harness import HarnessModel, evaluate_loaded, load_tasks
@@ -157,6 +159,8 @@ def generate(
     """
     from blt.generate import GenerationStats
 
+    if temperature == 0 and (top_k, top_p, min_p) != (None, None, None):
+        raise ValueError("top_k, top_p and min_p are about drawn bytes; give a --temperature above 0, such as 1")
     lm = _load(model, options)
     data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt
     if len(data) > 20_000 and not options.quiet:

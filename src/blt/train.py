@@ -141,7 +141,10 @@ def _how_it_was_trained(config: RunConfig, device: torch.device) -> str:
     names, taken = ", ".join(Path(path).name for path in config.data.paths), config.pretrained_entropy_model
     entropy_model = ""
     if taken is not None:
-        licence = read_card(model_folder(taken)).license_line or "none given"
+        try:
+            licence = read_card(model_folder(taken)).license_line or "none given"
+        except OSError:  # it was moved since this run read it
+            licence = "its folder is no longer there to say"
         name = Path(taken).name if Path(taken).exists() else taken
         entropy_model = f", with the entropy model of {name} (its licence: {licence})"
     return (
