@@ -1,6 +1,6 @@
 """What each part of a Byte Latent Transformer is worth.
 
-Every variant changes one thing of the model that as_good_as_tokens.py calls "BLT, entropy", has a latent transformer that
+Every variant changes one thing of the model that as_good_as_tokens.py calls "BLT, all n-grams", has a latent transformer that
 brings it to the same FLOPs per byte, and learns from the same text. Only what changed code spares is not given to another part,
 and the FLOPs of a network that says where patches begin come on top. What patches are worth is seen without tables of n-grams,
 which know the last bytes so well that little is left for patches to say: such a variant is compared with "no n-grams".
@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from claim import Plan, done, mean_bits, options, subplots, test_texts, train_text, write
-from contenders import CONTENDERS, REFERENCE_FLOPS, ROW_BYTES, Contender, run
+from contenders import FIXED_4, PAPER_BLT, REFERENCE_FLOPS, ROW_BYTES, SEEN_TWICE, SPACE, Contender, run
 from torch import Tensor
 
 from blt.byte_ids import BOS
@@ -26,7 +26,8 @@ from blt.model.hash_embeddings import PRIMES, HashEmbeddings
 from blt.model.local_decoder import LocalDecoder
 from blt.model.local_encoder import LocalEncoder
 
-BLT = CONTENDERS["BLT, entropy"]
+BLT = PAPER_BLT
+BLT_FIXED_4 = BLT.but(**FIXED_4)
 WITHOUT = ", no n-grams"
 BYTES = {"smoke": 60_000, "minutes": 8_000_000, "hour": 20_000_000, "longer": 100_000_000}
 TRANSFORMER = {
@@ -72,22 +73,23 @@ ABOUT_PATCHES: dict[str, Contender] = {  # each without n-grams
     "n-gram patcher of 8": BLT.but(model__entropy_model__max_order=8),
     "patches where entropy rises": BLT.but(model__patching__rule="entropy_rise"),
     "patches of at most 8": BLT.but(model__patching__max_patch_bytes=8),
-    "patches at spaces": CONTENDERS["BLT, space"],
-    "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
+    "patches at spaces": BLT.but(**SPACE),
+    "patches of fixed 4": BLT_FIXED_4,
     "patches of 8": BLT.but(calibration__target_patch_bytes=8.0),
-    "patches of fixed 8": CONTENDERS["BLT, fixed 4"].but(model__patching__patch_bytes=8),
+    "patches of fixed 8": BLT_FIXED_4.but(model__patching__patch_bytes=8),
     "tables of whole patches": BLT,
-    "patches of fixed 4, tables of whole patches": CONTENDERS["BLT, fixed 4"],
+    "patches of fixed 4, tables of whole patches": BLT_FIXED_4,
 }  # fmt: skip
 VARIANTS: dict[str, Contender] = {
     "as it is": BLT,
     "n-gram tables of 2,048 rows": BLT.but(model__hash_embeddings__table_rows=2048),
     "n-gram tables of 262,144 rows": BLT.but(model__hash_embeddings__table_rows=262_144),
+    "n-grams seen twice only": BLT.but(**SEEN_TWICE),
     "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
     "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
     **SPLITS,
     "no patches are read": BLT,
-    "patches of fixed 4": CONTENDERS["BLT, fixed 4"],
+    "patches of fixed 4": BLT_FIXED_4,
     "no n-grams": BLT.but(model__hash_embeddings__table_rows=1),
     **{name + WITHOUT: of.but(model__hash_embeddings__table_rows=1) for name, of in ABOUT_PATCHES.items()},
 }

@@ -30,7 +30,6 @@ from token_transformer import (
 import blt
 from blt.config import (
     EntropyModelConfig,
-    HashEmbeddingsConfig,
     ModelConfig,
     RunConfig,
     TrainingConfig,
@@ -56,7 +55,7 @@ TOKENS_OF_TABLES = (2, 3)  # of token n-grams: about as many bytes as those of a
 @dataclass(frozen=True)
 class Contender:
     """A model to train. ``settings`` are those of ``blt train --set``; a token model reads of them [training]'s only,
-    and how many rows its tables have."""
+    and those of its tables."""
 
     kind: str  # blt, bytes or bpe
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +73,7 @@ class Contender:
 REFERENCE_FLOPS = 329_112  # of one byte, forward: what contenders are sized to, the FLOPs of claims.toml
 MUON = {"training.matrix_optimizer": "muon"}
 LOCAL = {"num_layers": 1, "width": 48, "num_heads": 1, "ffn_width": 128, "window_positions": 64}
-BLT = Contender(
+PAPER_BLT = Contender(
     "blt",
     {
         "model.local_encoder": LOCAL,
@@ -84,22 +83,26 @@ BLT = Contender(
     }
     | MUON,
 )
+SEEN_TWICE = {"model__hash_embeddings__min_count": 2}  # n-grams that training text has once share a row
+BLT = PAPER_BLT.but(**SEEN_TWICE)
 BPE_RATES = {"training.learning_rate": 18e-3, "training.table_learning_rate": 1e-1} | MUON
 BYTES_RATES = {"training.learning_rate": 8e-3, "training.table_learning_rate": 2e-2} | MUON
+SPACE = {"model__patching__rule": "space", "model__entropy_model": None}
 FIXED_4 = {"model__patching__rule": "fixed", "model__patching__patch_bytes": 4, "model__entropy_model": None}
+BPE = Contender("bpe", BPE_RATES, width=128, vocabulary=2048)
 CONTENDERS = {  # as tuning.py found them
     "BLT, entropy": BLT,
-    "BLT, space": BLT.but(model__patching__rule="space", model__entropy_model=None),
+    "BLT, space": BLT.but(**SPACE),
     "BLT, fixed 4": BLT.but(**FIXED_4),
+    "BLT, all n-grams": PAPER_BLT,
     "bytes": Contender("bytes", BYTES_RATES | {"training.rows_per_step": 4}, width=48),
-    "BPE": Contender("bpe", BPE_RATES, width=128, vocabulary=2048),
-    "BPE of 3k": Contender("bpe", BPE_RATES, width=96, vocabulary=3072),
-    "BPE with tables": Contender("bpe", BPE_RATES, width=128, vocabulary=2048, tables=True),
+    "BPE": BPE,
+    "BPE with tables": BPE.but(tables=True, **SEEN_TWICE),
 }
 
 LARGE_FLOPS = 4 * REFERENCE_FLOPS  # for text that takes a core half an hour
 LARGE_LOCAL = {"num_layers": 1, "width": 96, "num_heads": 1, "ffn_width": 96, "window_positions": 64}
-LARGE_BLT = BLT.but(
+LARGE_PAPER_BLT = PAPER_BLT.but(
     model__local_encoder=LARGE_LOCAL,
     model__local_decoder={**LARGE_LOCAL, "num_layers": 2, "window_positions": 512},  # who copies must see far
     model__slots_per_patch=2,
@@ -109,12 +112,14 @@ LARGE_BLT = BLT.but(
     model__hash_embeddings__table_rows=262_144,
     training__learning_rate=5e-3,
 )
+LARGE_BLT = LARGE_PAPER_BLT.but(**SEEN_TWICE)
 WIDE_LOCAL = {**LARGE_LOCAL, "ffn_width": 264}
 LARGE_BPE = Contender("bpe", BPE_RATES | {"training.learning_rate": 5e-3}, width=192, vocabulary=4096)
 LARGE_CONTENDERS = {
     "BLT, entropy": LARGE_BLT,
     "BLT, fixed 4": LARGE_BLT.but(**FIXED_4),
-    "BLT, windows of 64": LARGE_BLT.but(  # what 8 MB had chosen: one latent layer, and nothing that can copy
+    "BLT, all n-grams": LARGE_PAPER_BLT,
+    "BLT, windows of 64": LARGE_PAPER_BLT.but(  # what 8 MB had chosen: one latent layer, and nothing that can copy
         model__local_encoder=WIDE_LOCAL,
         model__local_decoder={**WIDE_LOCAL, "num_layers": 2},
         model__slots_per_patch=4,
@@ -124,7 +129,7 @@ LARGE_CONTENDERS = {
         training__learning_rate=8e-3,
     ),
     "BPE": LARGE_BPE,
-    "BPE with tables": LARGE_BPE.but(tables=True, model__hash_embeddings__table_rows=262_144),
+    "BPE with tables": LARGE_BPE.but(tables=True, model__hash_embeddings__table_rows=262_144, **SEEN_TWICE),
 }
 
 
@@ -262,7 +267,7 @@ def _run_tokens(
     ids = ids_per_row(row_bytes, bytes_per_id)
     training = config.training.model_copy(update={"total_bytes": units.num_bytes, "row_bytes": ids})
     held_out = [document.data for document in validation.documents()]
-    tables = HashEmbeddingsConfig(ngram_bytes=TOKENS_OF_TABLES, table_rows=config.model.hash_embeddings.table_rows)
+    tables = config.model.hash_embeddings.model_copy(update={"ngram_bytes": TOKENS_OF_TABLES})
     tables_or_none = tables if contender.tables else None
     model = train_token_model(folder, units, held_out, shape, tokenizer, training, reporter, tables_or_none)
     return {

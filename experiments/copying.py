@@ -12,7 +12,7 @@ from typing import Any
 
 import as_good_as_tokens
 from claim import options, subplots, test_texts, train_text, write
-from contenders import CONTENDERS, LOCAL, REFERENCE_FLOPS, documents_of, load, run, scores
+from contenders import CONTENDERS, FIXED_4, LOCAL, PAPER_BLT, REFERENCE_FLOPS, documents_of, load, run, scores
 from token_transformer import TokenModel
 
 from blt.evaluate import total_score
@@ -20,18 +20,17 @@ from blt.language_model import LanguageModel
 
 PASSAGE_BYTES = 230  # twice that fits into a row
 BYTES = {"smoke": 60_000, "minutes": 3_000_000, "hour": 12_000_000, "longer": 50_000_000}
-BLT = CONTENDERS["BLT, entropy"]
 SEES_ALL = {**LOCAL, "window_positions": 512}
 LATENT_OF_96 = {"model__latent__width": 96, "model__latent__ffn_width": 264, "model__latent__num_heads": 2}
 TAUGHT = {
     "bytes": CONTENDERS["bytes"],
     "BPE": CONTENDERS["BPE"],
     "BPE of two layers": CONTENDERS["BPE"].but(width=96),
-    "BLT, entropy": BLT,
-    "BLT, fixed 4": CONTENDERS["BLT, fixed 4"],
-    "BLT, latent width 96": BLT.but(**LATENT_OF_96),
-    "BLT, decoder sees 512 bytes": BLT.but(model__local_decoder=SEES_ALL),
-    "BLT, latent width 96, decoder sees 512 bytes": BLT.but(**LATENT_OF_96, model__local_decoder=SEES_ALL),
+    "BLT, entropy": PAPER_BLT,
+    "BLT, fixed 4": PAPER_BLT.but(**FIXED_4),
+    "BLT, latent width 96": PAPER_BLT.but(**LATENT_OF_96),
+    "BLT, decoder sees 512 bytes": PAPER_BLT.but(model__local_decoder=SEES_ALL),
+    "BLT, latent width 96, decoder sees 512 bytes": PAPER_BLT.but(**LATENT_OF_96, model__local_decoder=SEES_ALL),
 }
 
 

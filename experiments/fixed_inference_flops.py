@@ -14,10 +14,11 @@ from typing import Any
 from claim import Plan, do, done, is_large, options, results_before, subplots, test_texts, write
 from contenders import (
     CONTENDERS,
-    LARGE_BLT,
     LARGE_BPE,
     LARGE_FLOPS,
     LARGE_LOCAL,
+    LARGE_PAPER_BLT,
+    PAPER_BLT,
     REFERENCE_FLOPS,
     ROW_BYTES,
     Contender,
@@ -45,11 +46,7 @@ HALF = "BLT of half the FLOPs"
 
 def contenders(large: bool = False) -> dict[str, Contender]:
     """By name; all but one are brought to the same FLOPs. One layer in each local part: what is asked is about latents."""
-    blt = (
-        LARGE_BLT.but(model__local_decoder={**LARGE_LOCAL, "window_positions": 512})
-        if large
-        else CONTENDERS["BLT, entropy"]
-    )
+    blt = LARGE_PAPER_BLT.but(model__local_decoder={**LARGE_LOCAL, "window_positions": 512}) if large else PAPER_BLT
     of_patches = {
         f"BLT, patches of {size}": blt.but(
             calibration__target_patch_bytes=float(size),

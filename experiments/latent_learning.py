@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from claim import options, subplots, write
-from contenders import CONTENDERS, LOCAL, REFERENCE_FLOPS, ROW_BYTES, load, run
+from contenders import FIXED_4, LOCAL, PAPER_BLT, REFERENCE_FLOPS, ROW_BYTES, load, run
 
 from blt.byte_ids import encode
 from blt.language_model import LanguageModel
@@ -26,7 +26,7 @@ OPTIMIZERS = ("adamw", "muon")
 BYTES = {"smoke": 100_000, "minutes": 5_000_000, "hour": 20_000_000, "longer": 100_000_000}
 CHANCE_BITS = math.log2(len(ascii_lowercase))
 NARROW = {**LOCAL, "window_positions": 16}
-BLT = CONTENDERS["BLT, fixed 4"].but(model__local_encoder=NARROW, model__local_decoder=NARROW)
+BLT = PAPER_BLT.but(**FIXED_4, model__local_encoder=NARROW, model__local_decoder=NARROW)
 
 
 def document(chance: random.Random) -> str:

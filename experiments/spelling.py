@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from claim import BUDGETS, options, results_before, subplots, train_text, write
-from contenders import CONTENDERS, REFERENCE_FLOPS, load, run
+from contenders import CONTENDERS, PAPER_BLT, REFERENCE_FLOPS, load, run
 from token_transformer import TokenModel
 
 from blt.benchmark_files import find_files
@@ -28,7 +28,7 @@ from blt.language_model import LanguageModel
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FLOPS = 4 * REFERENCE_FLOPS  # copying a letter takes two layers of attention at least
 LOCAL = {"num_layers": 2, "width": 64, "num_heads": 2, "ffn_width": 176, "window_positions": 128}
-BLT = CONTENDERS["BLT, entropy"].but(
+BLT = PAPER_BLT.but(
     model__local_encoder={**LOCAL, "num_layers": 1},
     model__local_decoder=LOCAL,
     model__latent__width=192,

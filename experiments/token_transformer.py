@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from blt.byte_ids import BOS, BYTE_OFFSET, document_ids, encode
+from blt.checkpoint import saved_steps
 from blt.config import HashEmbeddingsConfig, TrainingConfig, TransformerConfig
 from blt.corpus import ByteShard
 from blt.evaluate import Score, score_ids
@@ -29,6 +30,7 @@ from blt.model.norm import RMSNorm
 from blt.model.transformer import Transformer, initialise
 from blt.optimise import Job, Loss, Metrics, next_id_loss, optimise, stop_after_this_step
 from blt.progress import Reporter
+from blt.train import fit_filter
 
 CPU = torch.device("cpu")
 
@@ -179,6 +181,9 @@ def train_token_model(
     torch.manual_seed(training.seed)
     model = TokenModel(TokenTransformer(config, num_ids(tokenizer), tables), config, tokenizer, training.row_bytes)
     initialise(model.network, torch.Generator().manual_seed(training.seed))
+    if tables is not None and tables.min_count > 1 and not saved_steps(folder / "state"):
+        assert model.network.hash_embeddings is not None
+        fit_filter(model.network.hash_embeddings, shard, training.row_bytes, reporter)
     folder.mkdir(parents=True, exist_ok=True)
     per_id = 3 * token_model_flops_per_byte(config, training.row_bytes, 1, num_ids(tokenizer))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from claim import write
-from contenders import BPE_RATES, FIXED_4, HERE, LARGE_FLOPS, REFERENCE_FLOPS, WIDE_LOCAL, Contender, run
+from contenders import BPE_RATES, FIXED_4, HERE, LARGE_FLOPS, PAPER_BLT, REFERENCE_FLOPS, WIDE_LOCAL, Contender, run
 from contenders import CONTENDERS as BEST
 from texts import MIXES, mixed, paths_of
 
@@ -162,7 +162,7 @@ TRIALS = {
 }
 
 LOCAL_64 = {**WIDE_LOCAL, "width": 64, "ffn_width": 176}
-LARGE_BLT = BEST["BLT, entropy"].but(
+LARGE_BLT = PAPER_BLT.but(
     model__local_encoder=LOCAL_64,
     model__local_decoder=LOCAL_64,
     model__latent__width=256,

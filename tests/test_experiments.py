@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from tiny import random_models, tiny_config
 
 from blt.byte_ids import encode
-from blt.config import PatchingConfig
+from blt.config import HashEmbeddingsConfig, PatchingConfig
 from blt.config_file import read_run_config
 from blt.corpus import BatchReader, build_shards, open_shard
 from blt.documents import Document
@@ -42,7 +42,7 @@ from blt.model.entropy_model import EntropyModel, entropy_contexts
 from blt.progress import Reporter
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-TABLES = contenders.HashEmbeddingsConfig(ngram_bytes=(2, 3), table_rows=64)
+TABLES = HashEmbeddingsConfig(ngram_bytes=(2, 3), table_rows=64, min_count=2, filter_bits=8)
 TEXT = "The cat sat on the mat, and the dog sat on the cat; naïve ones were 貓.\n"
 
 
@@ -132,6 +132,7 @@ def test_a_token_model_learns_resumes_and_loads_as_it_was_saved(tokens: Any, tmp
     (before,), (after,) = tokens.scores([TEXT.encode()]), trained.scores([TEXT.encode()])
     assert after.bits < 0.8 * before.bits
     assert loaded.scores([TEXT.encode()]) == again.scores([TEXT.encode()]) == [after]
+    assert tables is None or trained.network.hash_embeddings.frequent.any()
 
 
 def test_greedy_writing_takes_the_likeliest_token_each_time(tokens: Any) -> None:
@@ -227,7 +228,7 @@ def test_a_claim_is_measured_and_read_again(data: Path, tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "found.json").read_text()) == found
     (bpe,) = (tmp_path / "work").glob("runs/english/*/BPE.0")
     shutil.rmtree(bpe)  # as if it had been done on another machine: what was found there stays
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "BPE of 3k"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "BPE with tables"])
     first.main()
     assert json.loads((tmp_path / "found.json").read_text()) == found
 
