@@ -1,4 +1,4 @@
-"""Shapes are checked at every call in tests: the types in blt.shapes are the specification.
+"""Shapes are checked in tests: the types in blt.shapes are the specification.
 
 Configs and flops hold no tensors, and pydantic checks its own.
 """
@@ -16,8 +16,8 @@ from typing import Any
 from unittest import mock
 
 import hypothesis
-import jaxtyping
 import pytest
+import shape_checks
 
 _WITH_TENSORS = (
     *(
@@ -46,7 +46,7 @@ _WITH_TENSORS = (
 )
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine fails no property
 hypothesis.settings.load_profile("unhurried")
-jaxtyping.install_import_hook([f"blt.{module}" for module in _WITH_TENSORS], "beartype.beartype")
+shape_checks.install([f"blt.{module}" for module in _WITH_TENSORS])
 
 
 @dataclass(frozen=True)
@@ -186,16 +186,13 @@ def copied(scored: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scored, tmp_path / "scored"))
 
 
+@pytest.fixture(autouse=True)
+def shapes_are_checked_anew() -> None:
+    shape_checks.begin_test()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_samples() -> Iterator[None]:
-    """What training writes as a sample of its progress is a few bytes: with shapes checked 120 take longer than a tiny run."""
+    """What training writes as a sample of its progress is a few bytes: 120 take longer than a tiny run."""
     with mock.patch("blt.train.SAMPLE_BYTES", 4):
         yield
-
-
-@pytest.fixture
-def without_shape_checks() -> Iterator[None]:
-    """For tests that count bytes in thousands; others check the shapes of all that is called."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

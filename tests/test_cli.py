@@ -147,9 +147,7 @@ def test_the_data_of_the_command_line_is_what_is_trained_on(tiny_toml: Path, blt
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
-def test_ctrl_c_saves_and_resume_finishes(
-    tiny_toml: Path, blt_command: Blt, tmp_path: Path, without_shape_checks: None
-) -> None:
+def test_ctrl_c_saves_and_resume_finishes(tiny_toml: Path, blt_command: Blt, tmp_path: Path) -> None:
     longer = [
         "--set",
         "training.total_bytes=19200",

@@ -76,7 +76,6 @@ def agree(found: list[Continuation], expected: list[tuple[float, bool]]) -> None
         assert (one.num_scored, one.is_greedy) == (len(one.ids), greedy)
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @every_model
 def test_both_ways_are_the_product_over_single_bytes(kind: str) -> None:
     lm = model(kind)
@@ -96,7 +95,6 @@ def test_what_greedy_generation_writes_is_greedy_and_one_byte_else_is_not(least_
     assert [one.is_greedy for one in found] == [True, False, False, False]
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("least_saving", [WHOLE_ROWS, CACHES])
 def test_more_continuations_than_rows_fit_together_are_all_scored(least_saving: float) -> None:
     lm = model("entropy")

@@ -194,7 +194,6 @@ def test_sampling_options_out_of_range_are_refused(options: dict[str, float], me
 # cached generation against forwards over everything
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("rule", RULES)
 def test_cached_generation_is_naive_generation_byte_for_byte(rule: str) -> None:
     compared: set[bytes] = set()
@@ -209,7 +208,6 @@ def test_cached_generation_is_naive_generation_byte_for_byte(rule: str) -> None:
     assert len(compared) > 48 and sum(map(len, compared)) > 900
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("rule", RULES)
 def test_bytes_that_are_no_text_are_a_prompt_like_any_other(rule: str) -> None:
     lm = language_model(rule, seed=11)
@@ -227,7 +225,6 @@ def test_nothing_is_computed_for_no_bytes() -> None:
     assert write_all(nothing, [Request(encode(prompt), 0) for prompt in ("", "prompt")], speculate=4) == [b"", b""]
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("rule", RULES)
 def test_plain_generation_of_one_row_has_a_latent_call_for_every_closed_patch(rule: str) -> None:
     for seed in range(3):
@@ -261,7 +258,6 @@ def random_requests(count: int, seed: int) -> list[Request]:
     return requests
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(("rule", "speculate"), [("entropy", 0), ("space", 5), ("entropy_rise", 3), ("fixed", 0)])
 def test_rows_that_come_and_go_are_what_each_is_alone(rule: str, speculate: int) -> None:
     networks = networks_of(language_model(rule, seed=21, confidence=2.0))
@@ -273,7 +269,6 @@ def test_rows_that_come_and_go_are_what_each_is_alone(rule: str, speculate: int)
     assert [b"".join(stream(Batch(networks), request)) for request, _ in greedy] == [text for _, text in greedy]
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 def test_more_prompts_than_rows_together_draw_with_seeds_of_their_own() -> None:
     lm, prompts = language_model("entropy", seed=22), random_prompts(ROWS_TOGETHER + 4, seed=22)
     options = {"temperature": 1.0, "stop": [b"\x80", b"\xf0"]}
@@ -282,7 +277,6 @@ def test_more_prompts_than_rows_together_draw_with_seeds_of_their_own() -> None:
     assert len(set(together)) == len(prompts) and len(set(map(len, together))) > 2
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("speculate", [0, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_row_may_enter_while_others_are_being_written(rule: str, speculate: int) -> None:
@@ -309,7 +303,6 @@ def test_a_row_may_enter_while_others_are_being_written(rule: str, speculate: in
 # where texts end
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("speculate", [0, 5])
 def test_nothing_of_a_stop_string_or_after_it_is_emitted(speculate: int) -> None:
     lm = language_model("space", seed=31, confidence=2.0)
@@ -321,7 +314,6 @@ def test_nothing_of_a_stop_string_or_after_it_is_emitted(speculate: int) -> None
         assert lm.generate("a prompt", 36, stop=[b"never", stop], **options) == text[: text.index(stop)]
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 def test_a_character_that_the_limit_would_cut_is_left_out_and_nothing_before_it_changes() -> None:
     lm = language_model("entropy", seed=32)
     options = {"temperature": 1.0, "seed": 1, "utf8": True}
@@ -332,7 +324,6 @@ def test_a_character_that_the_limit_would_cut_is_left_out_and_nothing_before_it_
         assert lm.generate("é", limit, **options) == text[: limit - incomplete_suffix_length(text[:limit])]
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("speculate", [0, 6])
 @pytest.mark.parametrize("windows", [None, 3])
 def test_a_model_is_filled_to_its_last_position(windows: int | None, speculate: int) -> None:
@@ -375,7 +366,6 @@ def patches_read(state: State) -> torch.Tensor:
     return state.latent_cache.keys_values[:, :, 0, :, : state.rows[0].standing.num_patches]
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 def test_a_prompt_of_100_000_bytes_is_read_in_seconds_and_in_any_blocks() -> None:
     networks = networks_of(long_model(max_bytes=200_000))
     ids = encode(bytes(random.Random(0).choices(b"abcdefghijkl ", k=100_000)))
@@ -396,7 +386,6 @@ def drawn_but_never_eos(logits: NextLogits, past: list[int], new: list[int]) -> 
     return next_probabilities(logits.index_fill(0, torch.tensor(EOS), -torch.inf), Sampling(temperature=1.0), b"")
 
 
-@pytest.mark.usefixtures("without_shape_checks")
 def test_after_10_000_bytes_the_state_is_that_of_a_fresh_reading_and_no_larger() -> None:
     networks = networks_of(long_model(max_bytes=20_000))
     drawer = Drawer(drawn_but_never_eos, torch.Generator().manual_seed(0), pending=BOS)

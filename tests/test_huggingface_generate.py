@@ -6,11 +6,10 @@ One row at a time, as padding and batch mates change what transformers computes.
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -59,16 +58,8 @@ def saved_model(folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module", params=range(2))
-def row_by_row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowByRow:
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowByRow:
     return RowByRow.from_pretrained(saved_model(tmp_path_factory.mktemp("model"), request.param)).eval()
-
-
-@pytest.fixture
-def theirs(row_by_row: RowByRow) -> Iterator[RowByRow]:
-    """Many bytes are written with this one, so shapes are not checked; they are with the other."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield row_by_row
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -8,9 +8,13 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import shape_checks
+import torch
 
 import blt
+from blt.byte_ids import document_ids
 
 PACKAGE = Path(blt.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -149,3 +153,14 @@ def test_every_shape_of_the_glossary_is_used_somewhere() -> None:
     elsewhere = "".join(path.read_text() for path in SOURCES if path.name != "shapes.py")
     assert aliases
     assert [alias for alias in aliases if not re.search(rf"\b{alias}\b", elsewhere)] == []
+
+
+def test_shapes_in_signatures_are_checked_at_first_calls() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        document_ids(torch.zeros(2, 3, 4, dtype=torch.long))
+    for _ in range(shape_checks.CHECKED_CALLS):
+        document_ids(torch.zeros(2, 3, dtype=torch.long))
+    document_ids(torch.zeros(2, 3, 4, dtype=torch.long))  # no longer, until the next test begins
+    shape_checks.begin_test()
+    with pytest.raises(jaxtyping.TypeCheckError):
+        document_ids(torch.zeros(2, 3, 4, dtype=torch.long))

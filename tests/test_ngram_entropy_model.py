@@ -145,7 +145,7 @@ def test_a_text_gives_the_same_bits_as_its_ids(text: bytes) -> None:
     assert found[0, 1:].equal(entropies(encode(text)))
 
 
-def test_texts_longer_than_a_block_give_the_same_bits(without_shape_checks: None) -> None:
+def test_texts_longer_than_a_block_give_the_same_bits() -> None:
     ids = torch.randint(0, 260, (2, BLOCK), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = BOS
     ids[0, -7:-5] = torch.tensor([EOS, BOS])

@@ -28,9 +28,6 @@ UNUSUAL, IMPOSSIBLE = 1e-3, 1e-9  # p-values; seeds are fixed, so what passes on
 Sequences = Counter[tuple[int, ...]]
 
 
-pytestmark = pytest.mark.usefixtures("without_shape_checks")
-
-
 def decided_prompts(lm: LanguageModel, seed: int, count: int = 4) -> list[bytes]:
     """Prompts whose greedy continuation no rounding can change."""
     prompts = random_prompts(count + 2, seed)

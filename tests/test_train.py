@@ -284,18 +284,17 @@ def test_twenty_kills_while_saving_leave_a_loadable_state(tmp_path: Path) -> Non
                 _set_all(model, optimizer, step)
                 save_state(folder, step, model, optimizer, {"rows_read": step})
             os._exit(0)
-        time.sleep(0.03 + random_pause.random() * 0.12)
+        while saved_steps(folder)[-1:] <= [last_seen]:
+            time.sleep(0.001)
+        time.sleep(random_pause.random() * 0.1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if not saved_steps(folder):
-            continue
         model, optimizer = _model_at(0)
         step, position = load_state(folder, model, optimizer, {"rows_read": 0})
-        assert step >= last_seen
+        assert step > last_seen
         assert position == {"rows_read": step}
         assert all(bool((weight == step).all()) for weight in model.parameters())
         last_seen = step
-    assert last_seen > 20  # the children did save
 
 
 def _model_at(value: int) -> tuple[nn.Module, torch.optim.Optimizer]:
