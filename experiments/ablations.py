@@ -84,7 +84,7 @@ VARIANTS: dict[str, Contender] = {
     "as it is": BLT,
     "n-gram tables of 2,048 rows": BLT.but(model__hash_embeddings__table_rows=2048),
     "n-gram tables of 262,144 rows": BLT.but(model__hash_embeddings__table_rows=262_144),
-    "n-grams seen twice only": BLT.but(**SEEN_TWICE),
+    "n-grams seen once share a row": BLT.but(**SEEN_TWICE),
     "n-grams of 3 to 5 only": BLT.but(model__hash_embeddings__ngram_bytes=[3, 4, 5]),
     "n-grams of 6 to 8 only": BLT.but(model__hash_embeddings__ngram_bytes=[6, 7, 8]),
     **SPLITS,

@@ -73,12 +73,13 @@ def relative(
 def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:
     """``relative`` for each mix and contender, the mean of the seeds that both sides have: of all texts, and of each.
 
-    It takes the models; for contenders whose runs are not here, what the results said before is kept.
+    It takes the models; for contenders whose runs are not here, what the results said before of these is kept.
     """
-    before = results_before(chosen.out)
-    found: dict[str, dict[str, dict[str, list[float]]]] = (
-        before.get("above_ours", {}) if before.get("budget") == chosen.budget else {}
-    )
+    before, names = results_before(chosen.out), {plan.name for plan in wanted}
+    told = before.get("above_ours", {}) if before.get("budget") == chosen.budget else {}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {
+        mix: {name: above for name, above in of.items() if name in names} for mix, of in told.items()
+    }
     done = [plan for plan in wanted if (plan.folder(chosen.work) / "result.json").exists()]
     for mix in dict.fromkeys(plan.mix for plan in done):
         texts = test_texts(chosen, mix)

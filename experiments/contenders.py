@@ -90,7 +90,7 @@ BYTES_RATES = {"training.learning_rate": 8e-3, "training.table_learning_rate": 2
 SPACE = {"model__patching__rule": "space", "model__entropy_model": None}
 FIXED_4 = {"model__patching__rule": "fixed", "model__patching__patch_bytes": 4, "model__entropy_model": None}
 BPE = Contender("bpe", BPE_RATES, width=128, vocabulary=2048)
-CONTENDERS = {  # as tuning.py found them
+CONTENDERS = {  # as tuning.py found them; that n-grams seen once share a row came after it (docs/log.md)
     "BLT, entropy": BLT,
     "BLT, space": BLT.but(**SPACE),
     "BLT, fixed 4": BLT.but(**FIXED_4),

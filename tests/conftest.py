@@ -49,6 +49,11 @@ hypothesis.settings.load_profile("unhurried")
 shape_checks.install([f"blt.{module}" for module in _WITH_TENSORS])
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which call much for the first time
+def pytest_runtest_setup() -> None:
+    shape_checks.begin_test()
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a command left behind: its exit code, what stood on stdout and on stderr."""
@@ -184,11 +189,6 @@ def scored(tiny_training: Training) -> Path:
 def copied(scored: Path, tmp_path: Path) -> Path:
     """A copy of them, to do anything with."""
     return Path(shutil.copytree(scored, tmp_path / "scored"))
-
-
-@pytest.fixture(autouse=True)
-def shapes_are_checked_anew() -> None:
-    shape_checks.begin_test()
 
 
 @pytest.fixture(scope="session", autouse=True)

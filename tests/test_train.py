@@ -285,6 +285,7 @@ def test_twenty_kills_while_saving_leave_a_loadable_state(tmp_path: Path) -> Non
                 save_state(folder, step, model, optimizer, {"rows_read": step})
             os._exit(0)
         while saved_steps(folder)[-1:] <= [last_seen]:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
             time.sleep(0.001)
         time.sleep(random_pause.random() * 0.1)
         os.kill(child, signal.SIGKILL)

@@ -159,7 +159,7 @@ def generate(
     """
     from blt.generate import GenerationStats
 
-    if temperature == 0 and (top_k, top_p, min_p) != (None, None, None):
+    if temperature == 0 and (top_k or min_p or top_p not in (None, 1)):
         raise ValueError("top_k, top_p and min_p are about drawn bytes; give a --temperature above 0, such as 1")
     lm = _load(model, options)
     data = sys.stdin.buffer.read() if prompt == FROM_STDIN else prompt

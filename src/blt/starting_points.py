@@ -40,12 +40,13 @@ def first_card(config: RunConfig) -> ModelCard:
     if config.init is None:
         return ModelCard()
     _, card = model_folder_and_card(config.init)
-    return replace(card, source=card.source or _name(config.init), training=None, figures=())
+    return replace(card, source=card.source or model_name(config.init), training=None, figures=())
 
 
-def _name(model: str) -> str:
-    """Of a folder only its own name, as the folders above may tell more than they should."""
-    return Path(model).resolve().name if Path(model).exists() else model
+def model_name(model: str) -> str:
+    """A hub id, or of a folder only its own name, as the folders above may tell more than they should."""
+    is_hub_id = not Path(model).exists() and model.count("/") == 1 and not model.startswith(("/", ".", "~"))
+    return model if is_hub_id else Path(model).resolve().name
 
 
 def first_network(config: RunConfig, model_config: ModelConfig) -> ByteLatentTransformer:

@@ -46,6 +46,7 @@ from blt.starting_points import (
     entropy_teacher,
     first_card,
     first_network,
+    model_name,
     pretrained_entropy_model,
     scored_entropies,
     token_lesson,
@@ -143,9 +144,9 @@ def _how_it_was_trained(config: RunConfig, device: torch.device) -> str:
     if taken is not None:
         try:
             licence = read_card(model_folder(taken)).license_line or "none given"
-        except OSError:  # it was moved since this run read it
-            licence = "its folder is no longer there to say"
-        name = Path(taken).name if Path(taken).exists() else taken
+        except OSError:  # moved since this run read it, or a hub out of reach
+            licence = "could not be read again"
+        name = model_name(taken)
         entropy_model = f", with the entropy model of {name} (its licence: {licence})"
     return (
         f"on {config.training.total_bytes / 1e6:.2f} MB of text ({names}) in rows of {config.training.row_bytes} bytes, "
