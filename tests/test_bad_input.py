@@ -348,6 +348,17 @@ def test_a_window_that_holds_no_byte_is_refused(window: str, tiny_training: Any,
     assert_refused(blt_command("evaluate", tiny_training.run, "--window-bytes", window), "window")
 
 
+@pytest.mark.parametrize("name", ["--patch-bytes", "--context-bytes"])
+@pytest.mark.parametrize("value", ["0", "-2"])
+def test_flops_of_no_bytes_are_refused(name: str, value: str, blt_command: Blt) -> None:
+    assert_refused(blt_command("flops", "tiny", f"{name}={value}"), "must be at least 1", value)
+
+
+def test_rows_of_no_bytes_are_refused(tiny_training: Any, blt_command: Blt, tmp_path: Path) -> None:
+    refused = blt_command("entropies", tiny_training.run, "--row-bytes", "0", "--out", tmp_path / "entropies")
+    assert_refused(refused, "row_bytes must be 4 to", "got 0")
+
+
 def test_no_text_to_patch_is_said(tiny_training: Any, blt_command: Blt) -> None:
     assert_refused(blt_command("patch", tiny_training.run, stdin=b""), "no text", "stdin")
 

@@ -324,6 +324,10 @@ def flops(
     from blt.config_file import preset_names, read_run_config
     from blt.flops import summary
 
+    if patch_bytes is not None and patch_bytes < 1:
+        raise ValueError(f"patch_bytes must be at least 1, got {patch_bytes:g}")
+    if context_bytes is not None and context_bytes < 1:
+        raise ValueError(f"context_bytes must be at least 1, got {context_bytes}")
     if Path(config).is_file() or config in preset_names() or config.endswith(".toml"):
         model_config = read_run_config(config).model
     else:

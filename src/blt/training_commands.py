@@ -189,7 +189,8 @@ def entropies(
     if held_out_fraction is not None:
         values["held_out_fraction"] = held_out_fraction
     corpus_config = validated(CorpusConfig, values, "command line")
-    row_bytes = row_bytes or (of_run.training.row_bytes if of_run else 512)
+    if row_bytes is None:
+        row_bytes = of_run.training.row_bytes if of_run else 512
     target = pick_device(device)
     if processes is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
