@@ -1,7 +1,7 @@
 """Who learns to copy? The bits of a passage where it comes a second time, within a row of training.
 
 First of contenders that learn from nothing but passages that are there twice, then of the models of as_good_as_tokens.py, which
-learn from text as it is: those runs of --work that are done.
+learn from text as it is: those runs of --work that are done. Of models that are not there, earlier figures stay.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import as_good_as_tokens
-from claim import options, subplots, test_texts, train_text, write
+from claim import options, results_before, subplots, test_texts, train_text, write
 from contenders import CONTENDERS, FIXED_4, LOCAL, PAPER_BLT, REFERENCE_FLOPS, documents_of, load, run, scores
 from token_transformer import TokenModel
 
@@ -90,15 +90,18 @@ def main() -> None:
         parser.error(str(error))
     asked = passages([document for path in test.values() for document in documents_of(path)], 15_000, 1)
     text = twice(documents_of(train), num_bytes, chosen.work / "texts")
-    found = []
+    before = results_before(chosen.out)
+    told = before["models"] if before.get("budget") == chosen.budget else []
+    found: dict[tuple[str, str], dict[str, Any]] = {(model["name"], model["learned_from"]): model for model in told}
 
     def measured(name: str, learned_from: str, folder: Path) -> None:
         first, again = first_and_again(load(folder), asked)
         figures = json.loads((folder / "result.json").read_text())
         about = {name: figures[name] for name in ("train_bytes", "inference_flops_per_byte", "latent", "training")}
-        found.append({"name": name, "learned_from": learned_from, "first": first, "again": again, **about})
+        model = {"name": name, "learned_from": learned_from, "first": first, "again": again, **about}
+        found[name, learned_from] = model
         print(f"{name}, {learned_from}: {first:.3f}, again {again:.3f} bits per byte", flush=True)
-        write(chosen.out, {"budget": chosen.budget, "models": found})
+        write(chosen.out, {"budget": chosen.budget, "models": list(found.values())})
 
     for name, contender in TAUGHT.items():
         folder = chosen.work / "runs" / "copying" / f"{num_bytes / 1e6:g}MB" / name.replace(", ", ".").replace(" ", "_")
@@ -110,7 +113,7 @@ def main() -> None:
             folder = plan.folder(chosen.work)
             if plan.mix == "english" and (folder / "result.json").exists():
                 measured(plan.name, f"{plan.train_bytes / 1e6:g} MB of English", folder)
-    draw(found, chosen.out.with_suffix(".png"))
+    draw(list(found.values()), chosen.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
