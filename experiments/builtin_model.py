@@ -1,8 +1,8 @@
 """Trains the small model that comes with the package: n-grams counted in all of English, code and other languages that there is
 to learn from, the network on a part of it.
 
-Its weights are rounded to bf16 and written to src/blt/builtin, with a card that tells what it learned from and its bits per
-byte in each domain. A run that was cut goes on.
+Its weights are rounded to bf16, those of its hash tables to fp8, and written to src/blt/builtin, with a card that tells what it
+learned from and its bits per byte in each domain. A run that was cut goes on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from blt.train import train
 CONFIG = HERE / "builtin_model.toml"
 PACKAGED = HERE.parent / "src" / "blt" / "builtin"
 MOST_BYTES = 16_000_000  # on disk
+TABLES = torch.float8_e4m3fn  # costs 0.03% more bits than bf16 does, where twice the rows are worth more
 # what is in the text, by licence; the text itself is no part of the project
 SOURCES = {
     "public domain or CC0": "English books, Python's enhancement proposals, 82 languages of Common Voice, wisesight, Aozora",
@@ -44,8 +45,9 @@ def trained(data: Path, run: Path, settings: list[str], reporter: Reporter) -> L
 
 
 def rounded(lm: LanguageModel) -> LanguageModel:
-    """With weights that bf16 holds exactly, so that they take two bytes each on the disk."""
+    """With weights that bf16 holds exactly, and tables that fp8 does: two bytes each on the disk, and one byte."""
     lm.network.to(torch.bfloat16).to(torch.float32)
+    lm.network.local_encoder.hash_embeddings.tables.to(TABLES).to(torch.float32)
     return lm
 
 
@@ -85,6 +87,7 @@ def main() -> None:
         f"counted: {learned_from}; none of this text is in the package"
     )
     lm.card = with_figures(ModelCard(license="apache-2.0"), found, how)
+    lm.network.local_encoder.hash_embeddings.tables.to(TABLES)
     lm.save(chosen.folder)
     on_disk = sum(file.stat().st_size for file in chosen.folder.rglob("*") if file.is_file())
     write(chosen.out, {"bytes_on_disk": on_disk, "total_bytes": config.training.total_bytes, **found})

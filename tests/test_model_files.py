@@ -202,3 +202,20 @@ def test_whole_numbers_of_ngram_tables_are_no_reason_for_fp32(tmp_path: Path) ->
     save_model(tmp_path, config, entropy_model, network.bfloat16())
     stored = load_file(tmp_path / "blt-lm.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16, torch.int16, torch.int32}
+
+
+def test_tables_stored_in_fp8_are_half_as_large_and_read_as_bf16_of_the_same_numbers(tmp_path: Path) -> None:
+    entropy_model, network = random_models(tiny_config())
+    tables = network.bfloat16().local_encoder.hash_embeddings.tables.to(torch.float8_e4m3fn)
+    save_model(tmp_path / "fp8", tiny_config(), entropy_model.bfloat16(), network)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    convert(tmp_path / "fp8", tmp_path / "again", "hf")
+    dtypes = [weight.dtype for weight in weights_of(tmp_path / "again").values()]
+    assert dtypes.count(torch.float8_e4m3fn) == 1 and set(dtypes) == {torch.float8_e4m3fn, torch.bfloat16}
+    read = blt.load(tmp_path / "again", device="cpu")
+    assert torch.equal(read.network.local_encoder.hash_embeddings.tables.weight, tables.weight.bfloat16())
+    read.save(tmp_path / "bf16")
+    sizes = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("fp8", "bf16")}
+    assert sizes["bf16"] - sizes["fp8"] == tables.weight.numel()
+    assert len(read.generate("some text", max_bytes=10)) == 10

@@ -62,8 +62,8 @@ def load_model(
 ) -> tuple[ModelConfig, EntropyModel | NgramEntropyModel | None, ByteLatentTransformer]:
     """A model from its folder, the network in ``dtype``, the entropy model always in fp32 or whole numbers.
 
-    Hash tables stay in what they are stored in where that is narrower: a sum of their rows is formed in fp32. What needs no
-    other dtype is mapped from the disk and not read before it is used.
+    Hash tables stay in what they are stored in where that is narrower (fp8 becomes bf16): a sum of their rows is formed in
+    fp32. What needs no other dtype is mapped from the disk and not read before it is used.
 
     Raises FileNotFoundError or ValueError, naming the file, for anything missing, damaged or of another kind.
     """
@@ -94,13 +94,13 @@ def save_model(
 ) -> None:
     """Write a model in Hugging Face's format, in bf16 if that holds every one of its numbers exactly.
 
-    So a bf16 model that was loaded in fp32 comes back to the bit. Raises OSError where it cannot be written; what was in the
-    folder then stays as it was.
+    So a bf16 model that was loaded in fp32 comes back to the bit. What is in fp8 stays so; ``hash_embeddings.tables`` may be.
+    Raises OSError where it cannot be written; what was in the folder then stays as it was.
     """
     weights = {name: in_memory(weight) for name, weight in named_weights(entropy_model, network).items()}
     if all_fit_bfloat16(weights):
-        narrow = {name for name, weight in weights.items() if weight.dtype.is_floating_point}
-        weights |= {name: converted(weights[name], torch.bfloat16) for name in narrow}
+        wide = {name for name, weight in weights.items() if weight.dtype == torch.float32}
+        weights |= {name: converted(weights[name], torch.bfloat16) for name in wide}
     write_model(folder, StoredModel(config, weights), card, shard_bytes)
 
 
@@ -254,7 +254,8 @@ def _fill(module: nn.Module, prefix: str, weights: Mapping[str, Weight], dtype: 
         weight = weights[prefix + name]
         asked = dtype if expected.is_floating_point() else expected.dtype
         if prefix + name == official.TABLES:
-            asked = min(dtype, weight.dtype, key=lambda one: one.itemsize)
+            stored = torch.bfloat16 if weight.dtype == torch.float8_e4m3fn else weight.dtype
+            asked = min(dtype, stored, key=lambda one: one.itemsize)
         filled[name] = weight.tensor(asked)
     module.load_state_dict(filled, assign=True)
 

@@ -21,6 +21,7 @@ DTYPES = {  # of the header of a safetensors file
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     **{f"I{8 * size}": getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)},
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -98,12 +99,13 @@ def rows_of(weight: Weight, begin: int, end: int) -> Weight:
 
 
 def all_fit_bfloat16(weights: Mapping[str, Weight]) -> bool:
-    """Whether bf16 holds every number of every floating-point weight exactly: they are bf16, or fp32 of 16 zero bits.
+    """Whether bf16 holds every number of every floating-point weight exactly: bf16, fp8, or fp32 of 16 zero bits.
 
     >>> all_fit_bfloat16({"": in_memory(torch.tensor([0.5, 3.0]))}), all_fit_bfloat16({"": in_memory(torch.tensor([0.1]))})
     (True, False)
     """
-    wide = [weight for weight in weights.values() if weight.dtype.is_floating_point and weight.dtype != torch.bfloat16]
+    narrow = (torch.bfloat16, torch.float8_e4m3fn)
+    wide = [weight for weight in weights.values() if weight.dtype.is_floating_point and weight.dtype not in narrow]
     return all(
         weight.dtype == torch.float32 and not (part.cpu().contiguous().view(torch.int32) & 0xFFFF).any()
         for weight in wide
