@@ -248,8 +248,10 @@ def above_base(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def draw(above: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Bits above a variant's base; each seed is a dot. Blue: without tables of n-grams."""
-    figure, axes = subplots(figsize=(9, 0.3 * len(above) + 1.2))
+    """Bits above a variant's base; each seed is a dot."""
+    figure, axes = subplots(figsize=(9, 0.25 * len(above) + 1.2))
+    for colour, changed in (("lightgrey", "as it is"), ("lightsteelblue", "no n-grams")):
+        axes.barh(0, 0, color=colour, label=f"beside “{changed}”")
     for place, (name, seeds) in enumerate(above.items()):
         colour = "lightsteelblue" if name.endswith(WITHOUT) else "lightgrey"
         axes.barh(place, sum(seeds.values()) / len(seeds), color=colour)
@@ -257,6 +259,8 @@ def draw(above: Mapping[str, Mapping[str, float]], path: Path) -> None:
     axes.set_yticks(range(len(above)), list(above), fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(y=0.01)
+    axes.legend(fontsize=8)
     axes.set_xlabel("held-out bits per byte, % above the model that differs in this alone")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -102,19 +102,20 @@ def above_ours(wanted: Sequence[Plan], chosen: argparse.Namespace) -> dict[str, 
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """A bar per contender and mix; each seed is a dot."""
+    """A line per contender and mix, the mean of its seeds, of which each is a dot."""
     means = table(runs)
     figure, panels = subplots(1, len(means), figsize=(3.4 * len(means), 3.8), squeeze=False)
     for axes, (mix, of) in zip(panels[0], means.items(), strict=True):
         names = [name for name in {**CONTENDERS, **LARGE_CONTENDERS} if name in of]
         colours = [
-            "tab:blue" if name == "BLT, entropy" else "tab:orange" if name == "BPE" else "lightgrey" for name in names
+            "tab:blue" if name == "BLT, entropy" else "tab:orange" if name == "BPE" else "grey" for name in names
         ]
-        axes.bar(names, [of[name] for name in names], color=colours)
+        axes.scatter(names, [of[name] for name in names], color=colours, marker="_", s=600, linewidth=3)
         for run in runs:
             if run["mix"] == mix:
                 axes.plot(run["name"], run["mean_bits_per_byte"], "k.", markersize=4)
-        axes.set_ylim(0.9 * min(of.values()), 1.02 * max(of.values()))
+        axes.margins(x=0.15)
+        axes.grid(axis="y", alpha=0.3)
         axes.set_title(mix, fontsize=10)
         axes.tick_params(axis="x", rotation=60)
     panels[0][0].set_ylabel("held-out bits per byte")

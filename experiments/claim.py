@@ -110,6 +110,13 @@ def results_before(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text()) if out.exists() else {}
 
 
+def models_before(chosen: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
+    """Of results with a list of models: those of the same budget and dtype, by name and seed, whose runs may be elsewhere."""
+    before = results_before(chosen.out)
+    same = (before.get("budget"), before.get("dtype")) == (chosen.budget, chosen.dtype)
+    return {(model["name"], model["seed"]): model for model in before["models"]} if same else {}
+
+
 def is_of(run: Mapping[str, Any], plan: Plan, dtype: str) -> bool:
     """Whether this run is the planned one. A run learns from a little less than its text, of which 1% is held out, and its
     FLOPs are those of the patches that it got.

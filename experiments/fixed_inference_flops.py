@@ -136,22 +136,26 @@ def crossing(first: Mapping[int, float], second: Mapping[int, float]) -> float |
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out bits per byte against bytes of training."""
-    figure, axes = subplots(figsize=(6.5, 4.2))
+    """Held-out bits per byte against bytes of training, and how far they are above those of patches of 4."""
+    figure, (left, right) = subplots(1, 2, figsize=(11, 4.2))
+    base = curve(runs, next(iter(contenders())))
     for name in contenders():
         points = curve(runs, name)
-        axes.plot([num_bytes / 1e6 for num_bytes in points], points.values(), marker="o", markersize=4, label=name)
-    for place in crossings(runs).values():
-        if isinstance(place, float):
-            axes.axvline(place / 1e6, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
+        line = {"marker": "o", "markersize": 4, "label": name}
+        left.plot([num_bytes / 1e6 for num_bytes in points], points.values(), **line)
+        above = {
+            num_bytes: 100 * (bits / base[num_bytes] - 1) for num_bytes, bits in points.items() if num_bytes in base
+        }
+        right.plot([num_bytes / 1e6 for num_bytes in above], above.values(), **line)
     places = [num_bytes / 1e6 for num_bytes in sorted({run["train_bytes"] for run in runs})]
-    axes.set_xticks(places, [f"{place:.1f}" for place in places])
-    axes.minorticks_off()
-    axes.set_xlabel("training text, MB; dotted: where a curve falls below patches of 4")
-    axes.set_ylabel("held-out bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    for axes, label in ((left, "held-out bits per byte"), (right, "% above patches of 4")):
+        axes.set_xscale("log")
+        axes.set_xticks(places, [f"{place:.1f}" for place in places])
+        axes.minorticks_off()
+        axes.set_xlabel("training text, MB")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

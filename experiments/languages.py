@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, options, subplots, write
+from claim import do, models_before, options, subplots, write
 from contenders import load, scores
 from texts import paths_of
 
 from blt.documents import open_stream
 
-COMPARED = ("BLT, entropy", "BLT, space", "bytes", "BPE")
+COMPARED = ("BLT, entropy", "BLT, space", "BLT, all n-grams", "bytes", "BPE")
 LINES = {"smoke": 3, "minutes": 100, "hour": 100, "longer": 500}  # of each language, the same ones
 RARE_BYTES = 350_000  # a language with less text than this in the whole mix is rare there
 # the codes of the news text in the codes of the training text; those that are missing are absent from it
@@ -80,12 +80,18 @@ def draw(bits: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], path
     ratios = {text: bits["BLT, entropy"][text] / bits["BPE"][text] for text in bits["BPE"]}
     texts = sorted(ratios, key=lambda text: (list(colours).index(kinds[text]), ratios[text]))
     figure, axes = subplots(figsize=(13, 4))
-    axes.bar(texts, [ratios[text] - 1 for text in texts], bottom=1, color=[colours[kinds[text]] for text in texts])
+    axes.set_yscale("log", base=2)
+    axes.scatter(texts, [ratios[text] for text in texts], color=[colours[kinds[text]] for text in texts])
+    ticks = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.3)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel("bits of BLT / bits of BPE")
     axes.tick_params(axis="x", rotation=90, labelsize=7)
     for kind, colour in colours.items():
-        axes.bar(texts[:1], 0, bottom=1, color=colour, label=kind)
+        axes.scatter([], [], color=colour, label=kind)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -106,21 +112,26 @@ def main() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     kinds = {language: presence(language, learned) for language in news} | dict.fromkeys(sanskrit, "script")
-    models = []
+    known = models_before(chosen)
     for plan in wanted:
         if (plan.folder(chosen.work) / "result.json").exists():
-            models.append(
-                {"name": plan.name, "seed": plan.seed, "bits": measure(plan.folder(chosen.work), news | sanskrit)}
-            )
-            english = models[-1]["bits"]["eng"]
-            mean = sum(models[-1]["bits"][language] for language in news) / len(news)
-            print(
-                f"{plan.name}, seed {plan.seed}: {mean / english:.3f} times the bits of English, on average", flush=True
-            )
+            bits_of = measure(plan.folder(chosen.work), news | sanskrit)
+            known[plan.name, plan.seed] = {"name": plan.name, "seed": plan.seed, "bits": bits_of}
+    models = [known[plan.name, plan.seed] for plan in wanted if (plan.name, plan.seed) in known]
+    for model in models:
+        mean = sum(model["bits"][language] for language in news) / len(news) / model["bits"]["eng"]
+        print(f"{model['name']}, seed {model['seed']}: {mean:.3f} times the bits of English, on average", flush=True)
     bits = mean_bits(models)
     relative = {name: {text: of[text] / of["eng"] for text in news} for name, of in bits.items()}
     sizes = {text: len(data) for text, data in (news | sanskrit).items()}
-    found = {"budget": chosen.budget, "lines": number, "presence": kinds, "bytes": sizes, "bits": bits}
+    found = {
+        "budget": chosen.budget,
+        "dtype": chosen.dtype,
+        "lines": number,
+        "presence": kinds,
+        "bytes": sizes,
+        "bits": bits,
+    }
     found |= {"relative_to_english": relative}
     write(chosen.out, {**found, "models": models})
     if {"BLT, entropy", "BPE"} <= set(bits):

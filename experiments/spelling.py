@@ -250,16 +250,17 @@ def written(texts: Iterator[str], folder: Path) -> Path:
 
 
 def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A bar for each task and model, the mean of its seeds; then the tasks again, of strings of consonants."""
+    """A bar for each of CUTE's tasks and each model, the mean of its seeds."""
     figure, axes = subplots(figsize=(12, 4))
-    names = [*TASKS, *(f"{name}_rand" for name in TASKS)]
+    names = list(models[0]["cute"])
     contenders = list(dict.fromkeys(model["name"] for model in models))
     for place, contender in enumerate(contenders):
         seeds = [model["cute"] for model in models if model["name"] == contender]
-        at = [index + place * 0.8 / len(contenders) for index in range(len(names))]
+        at = [index + (place - (len(contenders) - 1) / 2) * 0.8 / len(contenders) for index in range(len(names))]
         heights = [100 * sum(cute[name] for cute in seeds) / len(seeds) for name in names]
         axes.bar(at, heights, 0.8 / len(contenders), label=contender)
-    axes.set_xticks(range(len(names)), names, rotation=60)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.margins(x=0.01)
     axes.set_ylabel("right answers, %")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(contenders), frameon=False)
     figure.tight_layout()

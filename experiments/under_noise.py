@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, options, subplots, test_texts, write
+from claim import do, models_before, options, subplots, test_texts, write
 from contenders import documents_of, load, scores
 
 from blt.benchmark_files import find_files
@@ -21,7 +21,7 @@ from blt.documents import read_documents
 from blt.noise import NOISES, Noise
 
 MISSPELLED = 0.25  # of the words that a misspelling is known for
-COMPARED = ("BLT, entropy", "BLT, space", "bytes", "BPE")
+COMPARED = ("BLT, entropy", "BLT, space", "BLT, all n-grams", "bytes", "BPE")
 PAIRS = {"smoke": 2, "minutes": 30, "hour": 30, "longer": 100}  # of each of BLiMP's 67 paradigms
 PASSAGES = {"smoke": 50, "minutes": 1000, "hour": 1000, "longer": 5153}
 TEXT_BYTES = {"smoke": 4_000, "minutes": 60_000, "hour": 60_000, "longer": 300_000}  # of each test text
@@ -127,22 +127,17 @@ def table(models: Sequence[Mapping[str, Any]], figure: str) -> dict[str, dict[st
 
 
 def draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """How many more bits each noise costs, and what is left of the grammatical judgements."""
-    bits, judged = table(models, "bits_per_clean_byte"), table(models, "blimp")
+    """How many more bits each noise costs."""
+    bits = table(models, "bits_per_clean_byte")
     noises = [noise for noise in next(iter(bits.values())) if noise != "clean"]
-    figure, (left, right) = subplots(1, 2, figsize=(11, 4))
+    figure, axes = subplots(figsize=(9, 4))
     width = 0.8 / len(bits)
     for place, name in enumerate(bits):
-        at = [index + place * width for index in range(len(noises))]
-        left.bar(at, [bits[name][noise] - bits[name]["clean"] for noise in noises], width, label=name)
-        right.bar([index + place * width for index in range(len(noises) + 1)], judged[name].values(), width, label=name)
-    left.set_ylabel("more bits per clean byte than clean")
-    right.set_ylabel("BLiMP, share judged right")
-    right.set_ylim(0.4, None)
-    right.axhline(0.5, color="grey", linewidth=0.8)
-    for axes, names in ((left, noises), (right, ["clean", *noises])):
-        axes.set_xticks([index + 0.3 for index in range(len(names))], names, rotation=30)
-    left.legend(fontsize=8)
+        at = [index + (place - (len(bits) - 1) / 2) * width for index in range(len(noises))]
+        axes.bar(at, [bits[name][noise] - bits[name]["clean"] for noise in noises], width, label=name)
+    axes.set_ylabel("more bits per clean byte than clean")
+    axes.set_xticks(range(len(noises)), noises)
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -163,18 +158,19 @@ def main() -> None:
         passages = [data.data.decode() for data in read_documents([chosen.data / "eval" / "lambada_test.jsonl.xz"])]
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    models = []
+    known = models_before(chosen)
     for plan in of_english:
         if (plan.folder(chosen.work) / "result.json").exists():
             noises = measure(plan.folder(chosen.work), texts, pairs, passages[: PASSAGES[chosen.budget]])
-            models.append({"name": plan.name, "seed": plan.seed, "noises": noises})
+            known[plan.name, plan.seed] = {"name": plan.name, "seed": plan.seed, "noises": noises}
             print(
                 f"{plan.name}, seed {plan.seed}: "
                 + ", ".join(f"{k} {v['bits_per_clean_byte']:.3f}" for k, v in noises.items()),
                 flush=True,
             )
-            write(chosen.out, {"budget": chosen.budget, "models": models})
-            draw(models, chosen.out.with_suffix(".png"))
+    models = [known[plan.name, plan.seed] for plan in of_english if (plan.name, plan.seed) in known]
+    write(chosen.out, {"budget": chosen.budget, "dtype": chosen.dtype, "models": models})
+    draw(models, chosen.out.with_suffix(".png"))
 
 
 def excerpt(path: Path, num_bytes: int) -> list[str]:
