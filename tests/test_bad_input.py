@@ -348,8 +348,14 @@ def test_a_window_that_holds_no_byte_is_refused(window: str, tiny_training: Any,
     assert_refused(blt_command("evaluate", tiny_training.run, "--window-bytes", window), "window")
 
 
-@pytest.mark.parametrize("name", ["--patch-bytes", "--context-bytes"])
-@pytest.mark.parametrize("value", ["0", "-2"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("--context-bytes", "0"),
+        ("--context-bytes", "-2"),
+        *(("--patch-bytes", value) for value in ("0", "-2", "nan", "inf")),
+    ],
+)
 def test_flops_of_no_bytes_are_refused(name: str, value: str, blt_command: Blt) -> None:
     assert_refused(blt_command("flops", "tiny", f"{name}={value}"), "must be at least 1", value)
 

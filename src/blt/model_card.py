@@ -151,7 +151,7 @@ def _how_to_load(inexpressible: list[str]) -> str:
     ours = '```python\nimport blt  # pip install blt-lm\n\nprint(blt.load("FOLDER").generate("Once", max_bytes=100))\n```\n'
     if inexpressible:
         return (
-            f"{ours}\n`transformers` refuses this model, as its BLT class cannot compute {'; '.join(inexpressible)}.\n"
+            f"{ours}\n`transformers` refuses this model, as its BLT class cannot compute: {'; '.join(inexpressible)}.\n"
         )
     return (
         f"{ours}\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -1,5 +1,6 @@
 """The commands that use a model: ``blt evaluate``, ``generate``, ``patch``, ``convert``, ``flops``; and ``blt doctor``."""
 
+import math
 import shutil
 import sys
 import time
@@ -324,8 +325,8 @@ def flops(
     from blt.config_file import preset_names, read_run_config
     from blt.flops import summary
 
-    if patch_bytes is not None and patch_bytes < 1:
-        raise ValueError(f"patch_bytes must be at least 1, got {patch_bytes:g}")
+    if patch_bytes is not None and not 1 <= patch_bytes < math.inf:
+        raise ValueError(f"patch_bytes must be at least 1 and finite, got {patch_bytes:g}")
     if context_bytes is not None and context_bytes < 1:
         raise ValueError(f"context_bytes must be at least 1, got {context_bytes}")
     if Path(config).is_file() or config in preset_names() or config.endswith(".toml"):
