@@ -17,6 +17,7 @@ BUDGETS = {
     "hour": 50_000_000,
     "longer": 200_000_000,
 }  # bytes that a run learns from
+ABOUT = ("train_bytes", "train_flops", "inference_flops_per_byte", "machine")
 HELD_OUT_BYTES = {"smoke": 40_000, "minutes": 300_000, "hour": 300_000, "longer": 1_000_000}
 
 
@@ -108,6 +109,12 @@ def done(plans: Iterable[Plan], work: Path, chosen: argparse.Namespace) -> list[
 def results_before(out: Path) -> dict[str, Any]:
     """What the file of results says so far; nothing if there is none."""
     return json.loads(out.read_text()) if out.exists() else {}
+
+
+def about(plan: Plan, work: Path) -> dict[str, Any]:
+    """What a model is that other scripts than that of its own claim measure, as their results say it."""
+    figures = json.loads((plan.folder(work) / "result.json").read_text())
+    return {"name": plan.name, "seed": plan.seed} | {name: figures[name] for name in ABOUT}
 
 
 def models_before(chosen: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:

@@ -307,4 +307,5 @@ def _toml(value: Any) -> str:
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} CPU cores, {platform.machine()} with {capability}, torch {torch.__version__}"

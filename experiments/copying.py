@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import as_good_as_tokens
-from claim import options, results_before, subplots, test_texts, train_text, write
+from claim import ABOUT, options, results_before, subplots, test_texts, train_text, write
 from contenders import CONTENDERS, FIXED_4, LOCAL, PAPER_BLT, REFERENCE_FLOPS, documents_of, load, run, scores
 from token_transformer import TokenModel
 
@@ -97,7 +97,7 @@ def main() -> None:
     def measured(name: str, learned_from: str, folder: Path) -> None:
         first, again = first_and_again(load(folder), asked)
         figures = json.loads((folder / "result.json").read_text())
-        about = {name: figures[name] for name in ("train_bytes", "inference_flops_per_byte", "latent", "training")}
+        about = {name: figures[name] for name in ("seed", *ABOUT, "latent", "training")}
         model = {"name": name, "learned_from": learned_from, "first": first, "again": again, **about}
         found[name, learned_from] = model
         print(f"{name}, {learned_from}: {first:.3f}, again {again:.3f} bits per byte", flush=True)

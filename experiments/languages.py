@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, models_before, options, subplots, write
+from claim import about, do, models_before, options, subplots, write
 from contenders import load, scores
 from texts import paths_of
 
@@ -116,7 +116,7 @@ def main() -> None:
     for plan in wanted:
         if (plan.folder(chosen.work) / "result.json").exists():
             bits_of = measure(plan.folder(chosen.work), news | sanskrit)
-            known[plan.name, plan.seed] = {"name": plan.name, "seed": plan.seed, "bits": bits_of}
+            known[plan.name, plan.seed] = {**about(plan, chosen.work), "bits": bits_of}
     models = [known[plan.name, plan.seed] for plan in wanted if (plan.name, plan.seed) in known]
     for model in models:
         mean = sum(model["bits"][language] for language in news) / len(news) / model["bits"]["eng"]

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from as_good_as_tokens import plans
-from claim import do, models_before, options, subplots, test_texts, write
+from claim import about, do, models_before, options, subplots, test_texts, write
 from contenders import documents_of, load, scores
 
 from blt.benchmark_files import find_files
@@ -162,7 +162,7 @@ def main() -> None:
     for plan in of_english:
         if (plan.folder(chosen.work) / "result.json").exists():
             noises = measure(plan.folder(chosen.work), texts, pairs, passages[: PASSAGES[chosen.budget]])
-            known[plan.name, plan.seed] = {"name": plan.name, "seed": plan.seed, "noises": noises}
+            known[plan.name, plan.seed] = {**about(plan, chosen.work), "noises": noises}
             print(
                 f"{plan.name}, seed {plan.seed}: "
                 + ", ".join(f"{k} {v['bits_per_clean_byte']:.3f}" for k, v in noises.items()),
