@@ -256,6 +256,16 @@ def test_a_run_of_another_kind_is_not_taken_for_one_that_is_not_here(tmp_path: P
         contenders.run(bpe, out, {}, plans[0].folder(tmp_path), 1e6, dtype="bfloat16")
 
 
+def test_models_that_are_not_here_are_told_by_results_of_the_same_budget_and_dtype(tmp_path: Path) -> None:
+    chosen = argparse.Namespace(out=tmp_path / "found.json", budget="minutes", dtype="float32")
+    assert claim.models_before(chosen) == {}
+    models = [{"name": "BPE", "seed": seed, "bits": {"eng": 1.0 + seed}} for seed in range(2)]
+    chosen.out.write_text(json.dumps({"budget": "minutes", "dtype": "float32", "models": models}))
+    assert claim.models_before(chosen) == {("BPE", 0): models[0], ("BPE", 1): models[1]}
+    for other in ({"budget": "hour"}, {"dtype": "bfloat16"}, {"dtype": "auto"}):
+        assert claim.models_before(argparse.Namespace(**{**vars(chosen), **other})) == {}
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_larger_patches_have_a_larger_latent_transformer_at_the_same_flops(large: bool) -> None:
     spent, widths = {}, []
