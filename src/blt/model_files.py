@@ -94,8 +94,9 @@ def save_model(
 ) -> None:
     """Write a model in Hugging Face's format, in bf16 if that holds every one of its numbers exactly.
 
-    So a bf16 model that was loaded in fp32 comes back to the bit. What is in fp8 stays so; ``hash_embeddings.tables`` may be.
-    Raises OSError where it cannot be written; what was in the folder then stays as it was.
+    So a bf16 model that was loaded in fp32 comes back to the bit. Hash tables that are fp8 in memory are written so, half as
+    large; read again they are bf16, and saved as bf16. Raises OSError where it cannot be written; what was in the folder then
+    stays as it was.
     """
     weights = {name: in_memory(weight) for name, weight in named_weights(entropy_model, network).items()}
     if all_fit_bfloat16(weights):
